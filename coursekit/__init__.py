@@ -1,0 +1,21 @@
+"""coursekit: the package behind the textbook *Efficient Deep Learning, executed*.
+
+Nothing heavy is imported here. Import the room you need::
+
+    from coursekit import autodiff, data, models, train
+
+Shared floor, used by every chapter:
+
+``data``        real data sets, offline by default
+``models``      the networks that chapters train
+``train``       mini-batches, the training loop, independent random streams
+``experiment``  claims, seeds, records of long studies
+``plot``        figures legible in light and dark
+``widgets``     interactive figures that work on a static page
+
+Chapter floor, one room a chapter:
+
+``autodiff``    reverse and forward mode on NumPy arrays
+"""
+
+__version__ = "0.1.0"
