@@ -1,0 +1,145 @@
+"""A computation graph as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from coursekit.autodiff.core import Node, toposort, value_of
+
+WIDTH, HEIGHT, GAP_X, GAP_Y = 118, 44, 18, 26  # of a box and between boxes, in CSS pixels
+
+
+class Drawing(str):
+    """SVG text that Jupyter shows as a picture. Its lines take the colour of the text around it."""
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+
+def draw(
+    end: Node,
+    names: Mapping[Node, str] | None = None,
+    notes: Mapping[Node, str] | None = None,
+    highlight: Collection[Node] = (),
+    alt: str | None = None,
+) -> Drawing:
+    """Draw the graph of a node from its inputs, on top, down to the node itself.
+
+    Parameters
+    ----------
+    end : Node
+        The output; all that it was computed from is drawn.
+    names : mapping from Node to str, optional
+        What to call a node in front of its value.
+    notes : mapping from Node to str, optional
+        A second line in the box, such as the gradient that arrived there.
+    highlight : collection of Node
+        Boxes to fill.
+    alt : str, optional
+        The alternative text; by default every node is read out, inputs first.
+
+    Returns
+    -------
+    Drawing
+        Inline SVG, the same text for the same graph.
+
+    Raises
+    ------
+    TypeError
+        When ``end`` is not a node.
+
+    Curriculum: A3.
+    """
+    if not isinstance(end, Node):
+        raise TypeError(f"draw: expected a Node, got {type(end).__name__}")
+    names, notes = names or {}, notes or {}
+    order = list(toposort(end))[::-1]
+    place = _layout(order)
+    text = {node: _label(node, names) for node in order}
+    if alt is None:
+        alt = f"Computation graph of {len(order)} nodes, inputs first: " + "; ".join(
+            text[n] + (f", {notes[n]}" if n in notes else "") for n in order
+        )
+    right = max(x for x, _ in place.values()) + WIDTH + 2
+    bottom = max(y for _, y in place.values()) + HEIGHT + 2
+    lines = [
+        f'<svg role="img" aria-label="{escape(alt)}" viewBox="0 0 {right} {bottom}" '
+        f'width="{right}" style="max-width:100%;height:auto" font-size="13" '
+        'font-family="sans-serif" stroke="currentColor" fill="currentColor">'
+    ]
+    lines += [_edge(place[p], place[n]) for n in order for p in dict.fromkeys(n.parents)]
+    lines += [_box(place[n], text[n], notes.get(n), n in highlight) for n in order]
+    return Drawing("\n".join([*lines, "</svg>"]))
+
+
+def _layout(order: list[Node]) -> dict[Node, tuple[int, int]]:
+    """Put each node below its lowest parent, and near the middle of its parents."""
+    row: dict[Node, int] = {}
+    for node in order:
+        row[node] = 1 + max((row[p] for p in node.parents), default=-1)
+    for node in reversed(order):  # an input stands just above its first use
+        users = [row[n] for n in order if node in n.parents]
+        if not node.parents and users:
+            row[node] = min(users) - 1
+    rows = [[n for n in order if row[n] == r] for r in range(max(row.values()) + 1)]
+    wide = max(map(len, rows))
+    middle: dict[Node, float] = {}
+    for nodes in rows:
+        nodes.sort(key=lambda n: np.mean([middle[p] for p in n.parents]) if n.parents else 0)
+        for i, n in enumerate(nodes):
+            middle[n] = (i + (wide - len(nodes)) / 2) * (WIDTH + GAP_X)
+    return {n: (1 + round(middle[n]), 1 + row[n] * (HEIGHT + GAP_Y)) for n in order}
+
+
+SYMBOLS = {
+    "add": "{} + {}",
+    "subtract": "{} − {}",
+    "multiply": "{} × {}",
+    "divide": "{} / {}",
+    "power": "{} ^ {}",
+    "negative": "−{}",
+}
+
+
+def _label(node: Node, names: Mapping[Node, str]) -> str:
+    own = f"{names[node]} = " if node in names else ""
+    if node.fun is None:
+        return own + _short(node)
+    args, _, argnums = node.call
+    given = dict(zip(argnums, node.parents, strict=True))
+    said = [names.get(given[i], "·") if i in given else _short(a) for i, a in enumerate(args)]
+    name = node.fun.__name__
+    formula = SYMBOLS[name].format(*said) if name in SYMBOLS else f"{name}({', '.join(said)})"
+    return f"{own}{formula} = {_short(node)}"
+
+
+def _short(x: Any) -> str:
+    x = value_of(x)
+    if isinstance(x, np.ndarray):
+        return "array " + "×".join(map(str, x.shape)) if x.ndim else f"{x:.4g}"
+    return f"{x:.4g}" if isinstance(x, float | int) else str(x)
+
+
+def _edge(start: tuple[int, int], end: tuple[int, int]) -> str:
+    (x1, y1), (x2, y2) = start, end
+    x1, y1, x2 = x1 + WIDTH // 2, y1 + HEIGHT, x2 + WIDTH // 2
+    return (
+        f'<path fill="none" d="M{x1} {y1} L{x2} {y2 - 6}"/>'
+        f'<path d="M{x2 - 4} {y2 - 7} h8 l-4 7 z" stroke="none"/>'
+    )
+
+
+def _box(at: tuple[int, int], text: str, note: str | None, filled: bool) -> str:
+    x, y = at
+    fill = 'fill="#E69F00" fill-opacity="0.35"' if filled else 'fill="none"'
+    rows = [(text, 18), (note, 35)] if note else [(text, 27)]
+    words = "".join(
+        f'<text x="{x + WIDTH // 2}" y="{y + dy}" text-anchor="middle" stroke="none">'
+        f"{escape(t)}</text>"
+        for t, dy in rows
+    )
+    return f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="6" {fill}/>{words}'
