@@ -50,10 +50,16 @@ def _one_less(n):
     return where(value_of(n) == 0, 1.0, n - 1)  # x**0 has slope 0 at 0 too
 
 
+def _log_or_0(x):
+    if isinstance(x, int | float):  # stays a Python number, so that float32 stays float32
+        return float(np.log(x)) if x > 0 else 0.0
+    return log(where(value_of(x) > 0, x, 1.0))
+
+
 power = elementwise(
     np.power,
     lambda g, ans, x, n: g * n * x ** _one_less(n),
-    lambda g, ans, x, n: g * ans * log(where(value_of(x) > 0, x, 1.0)),  # 0 where log x is not real
+    lambda g, ans, x, n: g * ans * _log_or_0(x),
 )
 square = elementwise(np.square, lambda g, ans, x: g * (2 * x))
 sqrt = elementwise(np.sqrt, lambda g, ans, x: g / (2 * ans))
