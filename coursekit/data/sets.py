@@ -1,0 +1,185 @@
+"""`load`, and what is known about each data set."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from coursekit import _check
+from coursekit.data import files
+from coursekit.data.split import Split
+
+_UCI = "CC BY 4.0 (UCI Machine Learning Repository), distributed with scikit-learn"
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is known about a data set before it is read."""
+
+    tiers: tuple[str, ...]
+    task: Literal["classification", "regression"]
+    licence: str
+    citation: str
+    target_names: tuple[str, ...] = ()  # where scikit-learn does not know them
+
+
+_DIGIT_NAMES = tuple("0123456789")
+TABLES = {
+    "digits": Info(
+        ("full",), "classification", _UCI, "E. Alpaydin and C. Kaynak, 1998; 8 x 8 pixels"
+    ),
+    "breast_cancer": Info(
+        ("full",), "classification", _UCI, "W. Street, W. Wolberg and O. Mangasarian, 1993"
+    ),
+    "wine": Info(("full",), "classification", _UCI, "S. Aeberhard and M. Forina, 1992"),
+    "diabetes": Info(
+        ("full",),
+        "regression",
+        "no formal licence; published with the paper, distributed with scikit-learn",
+        "B. Efron, T. Hastie, I. Johnstone and R. Tibshirani, Least Angle Regression, 2004",
+        ("disease progression after one year",),
+    ),
+}
+IMAGES = {
+    "mnist": Info(
+        ("subset", "full"),
+        "classification",
+        "CC BY-SA 3.0",
+        "Y. LeCun, C. Cortes and C. Burges, The MNIST database of handwritten digits",
+        _DIGIT_NAMES,
+    ),
+    "fashion_mnist": Info(
+        ("subset", "full"),
+        "classification",
+        "MIT, © 2017 Zalando SE",
+        "H. Xiao, K. Rasul and R. Vollgraf, Fashion-MNIST, arXiv:1708.07747, 2017",
+        tuple(
+            "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
+        ),
+    ),
+    "cifar10": Info(
+        ("full",),
+        "classification",
+        "no formal licence; the authors ask to be cited",
+        "A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
+        tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
+    ),
+}
+SETS = {**TABLES, **IMAGES}
+
+
+def load(name: str, tier: str = "subset", *, flatten: bool = False, seed: int = 0) -> Split:
+    """Load a data set by name, with the network off.
+
+    ================= ============================ ===============
+    name              training + test rows         one row of x
+    ================= ============================ ===============
+    ``digits``        1,437 + 360                  (64,)
+    ``breast_cancer`` 455 + 114                    (30,)
+    ``wine``          142 + 36                     (13,)
+    ``diabetes``      353 + 89                     (10,)
+    ``mnist``         subset 5,000 + 1,000;        (1, 28, 28)
+    ``fashion_mnist`` full 60,000 + 10,000         (1, 28, 28)
+    ``cifar10``       full 50,000 + 10,000         (3, 32, 32)
+    ================= ============================ ===============
+
+    Parameters
+    ----------
+    name
+        A name of the table above.
+    tier
+        ``"subset"``: the first 5,000 and 1,000 images, shipped with the package. ``"full"``: all,
+        from the folder ``$COURSEKIT_DATA`` or from what ``python -m coursekit.data fetch`` put into
+        the cache. The tables are small and come whole in either tier.
+    flatten
+        Make each image one row of pixels.
+    seed
+        Which split of a table. Image sets come with a test set of their own.
+
+    Returns
+    -------
+    Split
+        Pixels are divided by their largest possible value, so they lie in [0, 1]: bytes by 255 to
+        float32, the 17 grey levels of digits by 16. Tables are float64 in their own units (see
+        `Split.standardized`). A table's test set is 20 % of its rows, drawn by scikit-learn's
+        ``train_test_split(random_state=seed)``, with equal class shares in both parts.
+
+    Raises
+    ------
+    ValueError
+        If name or tier is unknown, a seed is given for images, or a file has the wrong SHA-256.
+    FileNotFoundError
+        If a file of the full tier is nowhere; the message says how to get it.
+
+    Examples
+    --------
+    >>> load("digits")
+    Split(digits, full: train (1437, 64), test (360, 64), 10 classes)
+    >>> load("mnist", flatten=True)
+    Split(mnist, subset: train (5000, 784), test (1000, 784), 10 classes)
+    """
+    _check.one_of("load", "name", name, SETS)
+    _check.one_of("load", "tier", tier, ("subset", "full"))
+    _check.integer("load", "seed", seed, at_least=0)
+    if name in TABLES:
+        return _load_table(name, seed)
+    if tier not in SETS[name].tiers:
+        raise ValueError(
+            f"load: expected tier 'full' for {name}, which ships no subset, got {tier!r}"
+        )
+    if seed:
+        raise ValueError(
+            f"load: expected no seed for {name}, which has its own test set, got {seed}"
+        )
+    return _load_images(name, tier, flatten)
+
+
+def _load_table(name: str, seed: int) -> Split:
+    from sklearn import datasets, model_selection  # a second to import: only where needed
+
+    info = SETS[name]
+    options = {"scaled": False} if name == "diabetes" else {}
+    bunch = getattr(datasets, f"load_{name}")(**options)
+    labels = bunch.target if info.task == "classification" else None
+    train, test = model_selection.train_test_split(
+        np.arange(len(bunch.data)), test_size=0.2, stratify=labels, random_state=seed
+    )
+    x = bunch.data / 16 if name == "digits" else bunch.data
+    return Split(
+        x[train],
+        bunch.target[train],
+        x[test],
+        bunch.target[test],
+        name=name,
+        tier="full",
+        task=info.task,
+        target_names=info.target_names or tuple(str(t) for t in bunch.target_names),
+        feature_names=tuple(str(f) for f in bunch.feature_names),
+        licence=info.licence,
+        citation=info.citation,
+    )
+
+
+def _load_images(name: str, tier: Literal["subset", "full"], flatten: bool) -> Split:
+    info = SETS[name]
+    if name == "cifar10":
+        x_train, y_train, x_test, y_test = files.read_cifar10()
+    else:
+        x_train, y_train, x_test, y_test = files.read_idx_set(name.replace("_", "-"), tier)
+
+    def pixels(raw):
+        shape = (len(raw), -1) if flatten else (len(raw), -1, *raw.shape[-2:])
+        return np.divide(raw.reshape(shape), 255, dtype=np.float32)
+
+    return Split(
+        pixels(x_train),
+        y_train.astype(np.int64),
+        pixels(x_test),
+        y_test.astype(np.int64),
+        name=name,
+        tier=tier,
+        task=info.task,
+        target_names=info.target_names,
+        licence=info.licence,
+        citation=info.citation,
+    )
