@@ -142,9 +142,7 @@ def functions_by_row(package):
         parts = path.relative_to(Path(package).parent).with_suffix("").parts
         room = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         for name, node in _definitions(ast.parse(path.read_text("utf-8")), room):
-            match = re.search(
-                r"^\s*Curriculum:\s*([A-Z0-9, \n]+)", ast.get_docstring(node) or "", re.M
-            )
+            match = re.search(r"Curriculum:\s*([A-Z0-9, \n]+)", ast.get_docstring(node) or "", re.M)
             for row in re.findall(r"[A-Z]\d+", match[1]) if match else []:
                 found[row].append(name)
     return dict(found)
@@ -213,26 +211,28 @@ def chapters_page(curriculum, chapters):
 
 def claims_page(chapters):
     """Every claim with its expectation, value and verdict; counts first."""
-    claims = [(chapter, claim) for chapter in chapters for claim in chapter.claims]
+    claims = [claim for chapter in chapters for claim in chapter.claims]
     if not claims:
         return "No chapter makes a claim yet."
-    holds = sum(claim.record["verdict"] == "holds" for _, claim in claims)
+    holds = sum(claim.record["verdict"] == "holds" for claim in claims)
     counts = f"**{len(claims)} claims: {holds} hold, {len(claims) - holds} do not.**"
-    rows = [
-        [
-            f"{{ref}}`{claim.record['id']} <{claim.label}>`",
-            expectation(claim.record),
-            claim.record.get("source") or "",
-            ours(claim.record),
-            f"[{VERDICTS[claim.record['verdict']]}]{{.ck-{claim.record['verdict'].replace(' ', '-')}}}",
-        ]
-        for _, claim in claims
-    ]
-    return f"{counts}\n\n" + _table(["Claim", "Expected", "Source", "Ours", "Verdict"], rows)
+    rows = []
+    for record, label in [(claim.record, claim.label) for claim in claims]:
+        verdict = record["verdict"]
+        rows.append(
+            [
+                f"{{ref}}`{record['id']} <{label}>`",
+                f"[{VERDICTS[verdict]}]{{.ck-{verdict.replace(' ', '-')}}}",
+                ours(record),
+                expectation(record),
+                record.get("source") or "",
+            ]
+        )
+    return f"{counts}\n\n" + _table(["Claim", "Verdict", "Ours", "Expected", "Source"], rows)
 
 
 def coverage_page(curriculum, chapters, functions, tests, public, source):
-    """A section a chapter, a table row a curriculum row.
+    """A section a chapter; a row of a written chapter with its section, functions and tests.
 
     ``public`` holds the names that have an entry in the API reference; ``source`` is the address
     of the tests' folder.
@@ -246,23 +246,18 @@ def coverage_page(curriculum, chapters, functions, tests, public, source):
             pages.append(_table(["Row", "What", "Chapter"], rows))
             continue
         chapter = written[planned["name"]]
-        rows = [
-            [
-                row,
-                title,
-                _lines(
-                    f"{{ref}}`{heading_label(chapter.name, h)}`" for h in chapter.rows.get(row, [])
-                ),
-                _lines(_function(name, public) for name in functions.get(row, [])),
-                _lines(
-                    f"[{t.split('::', 1)[1].removeprefix('test_').replace('_', ' ')}]"
-                    f"({source}/{t.split('::')[0]})"
-                    for t in tests.get(row, [])
-                ),
+        for row, title in planned["rows"].items():
+            shown = [
+                f"{{ref}}`{heading_label(chapter.name, h)}`" for h in chapter.rows.get(row, [])
             ]
-            for row, title in planned["rows"].items()
-        ]
-        pages.append(_table(["Row", "What", "Shown in", "Functions", "Tests"], rows))
+            calls = [_function(name, public) for name in functions.get(row, [])]
+            links = [_test_link(test, source) for test in tests.get(row, [])]
+            pages.append(
+                f"{row}. {title}\n"
+                f": Shown in: {'; '.join(shown) or '–'}\n"
+                f": Functions: {', '.join(calls) or '–'}\n"
+                f": Tests: {'; '.join(links) or '–'}"
+            )
     return "\n\n".join(pages)
 
 
@@ -387,8 +382,10 @@ def _function(name, public):
     return f"{{py:obj}}`{shown.removeprefix('coursekit.')} <{shown}>`"
 
 
-def _lines(items):
-    return "<br>".join(items) or "–"
+def _test_link(test, source):
+    """Link to a test's file; a test's name is a sentence and is shown as one."""
+    file, _, name = test.partition("::")
+    return f"[{name.rpartition('test_')[2].replace('_', ' ')}]({source}/{file})"
 
 
 def _table(header, rows):

@@ -1,12 +1,14 @@
 """Sphinx extension: generated pages, MathJax from PyPI, and repairs of other extensions."""
 
 import json
+import re
 from importlib.metadata import distribution
 from pathlib import Path
 
 import book_data
 from docutils import nodes
 from sphinx.errors import ExtensionError
+from sphinx.ext.napoleon import NumpyDocstring
 from sphinx.util.fileutil import copy_asset
 
 # What formulas in TeX need, of the 24 MB that the package brings.
@@ -115,6 +117,25 @@ def fill_singlehtml(app):
         handlers.setdefault("singlehtml", {}).setdefault(name, pair)
 
 
+def format_docstring(app, what, name, obj, options, lines):
+    """Show the house's one-line sections as fields, and a room's list of files as a list."""
+    sections = re.compile(r"(Convention|Curriculum|Source): (.+)")
+    rest, fields, field = [], [], False
+    for line in "\n".join(lines).replace(" Curriculum: ", "\nCurriculum: ").split("\n"):
+        if match := sections.match(line):
+            fields.append(f":{match[1]}: {match[2]}")
+            field = True
+        elif field and line.strip():
+            fields.append(f"   {line.strip()}")
+        else:
+            field = False
+            rest.append(
+                re.sub(r"^(``[^`]+``)\s{2,}", r"* \1: ", line) if what == "module" else line
+            )
+    numpydoc = NumpyDocstring(rest, app.config, app, what, name, obj, options)
+    lines[:] = [*numpydoc.lines(), "", *fields, ""]
+
+
 def drop_thebe(app, pagename, templatename, context, doctree):
     """sphinx-thebe adds its scripts, and an address outside the site, even when it is off."""
 
@@ -132,6 +153,7 @@ def setup(app):
     app.connect("env-get-outdated", outdated)
     app.connect("source-read", fill_page)
     app.connect("doctree-read", label_chapter)
+    app.connect("autodoc-process-docstring", format_docstring, priority=400)  # before napoleon
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("build-finished", copy_mathjax)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
