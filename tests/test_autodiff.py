@@ -549,6 +549,8 @@ def test_a_drawing_reads_out_every_node_and_is_the_same_each_time():
     picture = ad.draw(y, names={z: "z"}, notes={z: "gradient 0.1491"}, highlight=[z])
     assert picture == ad.draw(y, names={z: "z"}, notes={z: "gradient 0.1491"}, highlight=[z])
     assert picture._repr_html_() == picture
+    assert repr(picture).startswith("Computation graph of 5 nodes")
+    assert "1 / · = ?" in ad.draw(y, hide=[y])
     alt = re.search(r'role="img" aria-label="([^"]+)"', picture).group(1)
     assert alt.startswith("Computation graph of 5 nodes, inputs first: z = 1.5, gradient 0.1491;")
     assert alt.endswith("1 / · = 0.8176")

@@ -19,12 +19,16 @@ class Drawing(str):
     def _repr_html_(self) -> str:
         return str(self)
 
+    def __repr__(self) -> str:
+        return self.split('"')[3]  # the alternative text
+
 
 def draw(
     end: Node,
     names: Mapping[Node, str] | None = None,
     notes: Mapping[Node, str] | None = None,
     highlight: Collection[Node] = (),
+    hide: Collection[Node] = (),
     alt: str | None = None,
 ) -> Drawing:
     """Draw the graph of a node from its inputs, on top, down to the node itself.
@@ -39,6 +43,8 @@ def draw(
         A second line in the box, such as the gradient that arrived there.
     highlight : collection of Node
         Boxes to fill.
+    hide : collection of Node
+        Boxes whose value is not known yet.
     alt : str, optional
         The alternative text; by default every node is read out, inputs first.
 
@@ -59,7 +65,7 @@ def draw(
     names, notes = names or {}, notes or {}
     order = list(toposort(end))[::-1]
     place = _layout(order)
-    text = {node: _label(node, names) for node in order}
+    text = {node: _label(node, names, "?" if node in hide else _short(node)) for node in order}
     if alt is None:
         alt = f"Computation graph of {len(order)} nodes, inputs first: " + "; ".join(
             text[n] + (f", {notes[n]}" if n in notes else "") for n in order
@@ -105,16 +111,16 @@ SYMBOLS = {
 }
 
 
-def _label(node: Node, names: Mapping[Node, str]) -> str:
+def _label(node: Node, names: Mapping[Node, str], value: str) -> str:
     own = f"{names[node]} = " if node in names else ""
     if node.fun is None:
-        return own + _short(node)
+        return own + value
     args, _, argnums = node.call
     given = dict(zip(argnums, node.parents, strict=True))
     said = [names.get(given[i], "·") if i in given else _short(a) for i, a in enumerate(args)]
     name = node.fun.__name__
     formula = SYMBOLS[name].format(*said) if name in SYMBOLS else f"{name}({', '.join(said)})"
-    return f"{own}{formula} = {_short(node)}"
+    return f"{own}{formula} = {value}"
 
 
 def _short(x: Any) -> str:
