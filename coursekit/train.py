@@ -127,10 +127,10 @@ def batches(
     _check.integer("batches", "size", size, at_least=1)
     if n < (size if drop_last else 1):
         raise ValueError(f"batches: expected at least one batch of {size}, got {n} examples")
-    if shuffle and generator is None:
-        raise TypeError("batches: expected a generator to shuffle with, got None")
     stop = n - n % size if drop_last else n
     if not shuffle:
         return ((x[i : i + size], y[i : i + size]) for i in range(0, stop, size))
+    if generator is None:
+        raise TypeError("batches: expected a generator to shuffle with, got None")
     order = torch.randperm(n, generator=generator, device=generator.device).to(x.device)
     return ((x[rows], y[rows]) for rows in order[:stop].split(size))

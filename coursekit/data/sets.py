@@ -1,14 +1,14 @@
 """`load`, and what is known about each data set."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from coursekit import _check
 from coursekit.data import files
-from coursekit.data.split import Split
+from coursekit.data.split import Split, Task, Tier
 
+_DIGITS = tuple("0123456789")
 _UCI = "CC BY 4.0 (UCI Machine Learning Repository), distributed with scikit-learn"
 
 
@@ -16,59 +16,50 @@ _UCI = "CC BY 4.0 (UCI Machine Learning Repository), distributed with scikit-lea
 class Info:
     """What is known about a data set before it is read."""
 
-    tiers: tuple[str, ...]
-    task: Literal["classification", "regression"]
-    licence: str
     citation: str
-    target_names: tuple[str, ...] = ()  # where scikit-learn does not know them
+    licence: str
+    target_names: tuple[str, ...]
+    task: Task = "classification"
+    tiers: tuple[Tier, ...] = ("full",)
 
 
-_DIGIT_NAMES = tuple("0123456789")
 TABLES = {
-    "digits": Info(
-        ("full",), "classification", _UCI, "E. Alpaydin and C. Kaynak, 1998; 8 x 8 pixels"
-    ),
+    "digits": Info("E. Alpaydin and C. Kaynak, 1998; 8 x 8 pixels", _UCI, _DIGITS),
     "breast_cancer": Info(
-        ("full",), "classification", _UCI, "W. Street, W. Wolberg and O. Mangasarian, 1993"
+        "W. Street, W. Wolberg and O. Mangasarian, 1993", _UCI, ("malignant", "benign")
     ),
-    "wine": Info(("full",), "classification", _UCI, "S. Aeberhard and M. Forina, 1992"),
+    "wine": Info("S. Aeberhard and M. Forina, 1992", _UCI, ("class_0", "class_1", "class_2")),
     "diabetes": Info(
-        ("full",),
-        "regression",
-        "no formal licence; published with the paper, distributed with scikit-learn",
         "B. Efron, T. Hastie, I. Johnstone and R. Tibshirani, Least Angle Regression, 2004",
+        "no formal licence; published with the paper, distributed with scikit-learn",
         ("disease progression after one year",),
+        "regression",
     ),
 }
 IMAGES = {
     "mnist": Info(
-        ("subset", "full"),
-        "classification",
-        "CC BY-SA 3.0",
         "Y. LeCun, C. Cortes and C. Burges, The MNIST database of handwritten digits",
-        _DIGIT_NAMES,
+        "CC BY-SA 3.0",
+        _DIGITS,
+        tiers=("subset", "full"),
     ),
     "fashion_mnist": Info(
-        ("subset", "full"),
-        "classification",
-        "MIT, © 2017 Zalando SE",
         "H. Xiao, K. Rasul and R. Vollgraf, Fashion-MNIST, arXiv:1708.07747, 2017",
-        tuple(
-            "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
-        ),
+        "MIT, © 2017 Zalando SE",
+        tuple("T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag".split())
+        + ("Ankle boot",),
+        tiers=("subset", "full"),
     ),
     "cifar10": Info(
-        ("full",),
-        "classification",
-        "no formal licence; the authors ask to be cited",
         "A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
+        "no formal licence; the authors ask to be cited",
         tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
     ),
 }
 SETS = {**TABLES, **IMAGES}
 
 
-def load(name: str, tier: str = "subset", *, flatten: bool = False, seed: int = 0) -> Split:
+def load(name: str, tier: Tier = "subset", *, flatten: bool = False, seed: int = 0) -> Split:
     """Load a data set by name, with the network off.
 
     ================= ============================ ===============
@@ -121,65 +112,45 @@ def load(name: str, tier: str = "subset", *, flatten: bool = False, seed: int = 
     _check.one_of("load", "name", name, SETS)
     _check.one_of("load", "tier", tier, ("subset", "full"))
     _check.integer("load", "seed", seed, at_least=0)
+    info = SETS[name]
+    feature_names: tuple[str, ...] = ()
     if name in TABLES:
-        return _load_table(name, seed)
-    if tier not in SETS[name].tiers:
-        raise ValueError(
-            f"load: expected tier 'full' for {name}, which ships no subset, got {tier!r}"
-        )
-    if seed:
-        raise ValueError(
-            f"load: expected no seed for {name}, which has its own test set, got {seed}"
-        )
-    return _load_images(name, tier, flatten)
-
-
-def _load_table(name: str, seed: int) -> Split:
-    from sklearn import datasets, model_selection  # a second to import: only where needed
-
-    info = SETS[name]
-    options = {"scaled": False} if name == "diabetes" else {}
-    bunch = getattr(datasets, f"load_{name}")(**options)
-    labels = bunch.target if info.task == "classification" else None
-    train, test = model_selection.train_test_split(
-        np.arange(len(bunch.data)), test_size=0.2, stratify=labels, random_state=seed
-    )
-    x = bunch.data / 16 if name == "digits" else bunch.data
-    return Split(
-        x[train],
-        bunch.target[train],
-        x[test],
-        bunch.target[test],
-        name=name,
-        tier="full",
-        task=info.task,
-        target_names=info.target_names or tuple(str(t) for t in bunch.target_names),
-        feature_names=tuple(str(f) for f in bunch.feature_names),
-        licence=info.licence,
-        citation=info.citation,
-    )
-
-
-def _load_images(name: str, tier: Literal["subset", "full"], flatten: bool) -> Split:
-    info = SETS[name]
-    if name == "cifar10":
-        x_train, y_train, x_test, y_test = files.read_cifar10()
+        tier = "full"
+        arrays, feature_names = _read_table(name, seed)
+    elif tier not in info.tiers:
+        raise ValueError(f"load: expected tier 'full', the only one of {name}, got {tier!r}")
+    elif seed:
+        raise ValueError(f"load: expected no seed, as {name} has its own test set, got {seed}")
     else:
-        x_train, y_train, x_test, y_test = files.read_idx_set(name.replace("_", "-"), tier)
-
-    def pixels(raw):
-        shape = (len(raw), -1) if flatten else (len(raw), -1, *raw.shape[-2:])
-        return np.divide(raw.reshape(shape), 255, dtype=np.float32)
-
+        arrays = [
+            raw.astype(np.int64) if raw.ndim == 1 else _pixels(raw, flatten)
+            for raw in files.read_images(name, tier)
+        ]
     return Split(
-        pixels(x_train),
-        y_train.astype(np.int64),
-        pixels(x_test),
-        y_test.astype(np.int64),
+        *arrays,
         name=name,
         tier=tier,
         task=info.task,
         target_names=info.target_names,
+        feature_names=feature_names,
         licence=info.licence,
         citation=info.citation,
     )
+
+
+def _read_table(name: str, seed: int) -> tuple[list[np.ndarray], tuple[str, ...]]:
+    from sklearn import datasets, model_selection  # a second to import: only where needed
+
+    options = {"scaled": False} if name == "diabetes" else {}
+    bunch = getattr(datasets, f"load_{name}")(**options)
+    x = bunch.data / 16 if name == "digits" else bunch.data
+    labels = bunch.target if TABLES[name].task == "classification" else None
+    x_train, x_test, y_train, y_test = model_selection.train_test_split(
+        x, bunch.target, test_size=0.2, stratify=labels, random_state=seed
+    )
+    return [x_train, y_train, x_test, y_test], tuple(str(f) for f in bunch.feature_names)
+
+
+def _pixels(raw: np.ndarray, flatten: bool) -> np.ndarray:
+    shape = (len(raw), -1) if flatten else (len(raw), -1, *raw.shape[-2:])
+    return np.divide(raw.reshape(shape), 255, dtype=np.float32)

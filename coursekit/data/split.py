@@ -12,6 +12,9 @@ from coursekit import _check
 if TYPE_CHECKING:
     import torch
 
+Tier = Literal["subset", "full"]
+Task = Literal["classification", "regression"]
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Split:
@@ -44,8 +47,8 @@ class Split:
     x_test: Float[np.ndarray, " test *features"]
     y_test: Shaped[np.ndarray, " test"]
     name: str
-    tier: Literal["subset", "full"]
-    task: Literal["classification", "regression"]
+    tier: Tier
+    task: Task
     target_names: tuple[str, ...] = ()
     feature_names: tuple[str, ...] = ()
     licence: str = ""
