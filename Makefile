@@ -45,7 +45,8 @@ lint: $(READY)  ## style, spelling, types, workflow and citation files
 # compared with what is stored, the others must run.
 check: $(READY)  ## the strict book build, then one pytest run over tests, doctests and notebooks
 	$(BIN)/jupyter-book build . --all -W --keep-going -n
-	$(BIN)/python -m pytest tests coursekit notebooks -n 2 --dist loadfile --doctest-modules --durations 10 \
+	$(BIN)/python -m pytest tests coursekit notebooks README.md -n 2 --dist loadfile \
+	  --doctest-modules --doctest-glob README.md --durations 10 \
 	  --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-sanitize-with tests/sanitize.cfg
 
 test-offline: $(READY)  ## the same again where there is no network but loopback
