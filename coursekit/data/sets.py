@@ -126,8 +126,12 @@ def load(name: str, tier: Tier = "subset", *, flatten: bool = False, seed: int =
             raw.astype(np.int64) if raw.ndim == 1 else _pixels(raw, flatten)
             for raw in files.read_images(name, tier)
         ]
+    x_train, y_train, x_test, y_test = arrays
     return Split(
-        *arrays,
+        x_train,
+        y_train,
+        x_test,
+        y_test,
         name=name,
         tier=tier,
         task=info.task,
