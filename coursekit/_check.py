@@ -1,6 +1,6 @@
 """Argument checks whose messages read ``"<function>: expected <argument> <what>, got <what>"``.
 
-They look at attributes only, so NumPy arrays and torch tensors both pass and torch is not imported.
+They ask arrays for attributes only, so NumPy's and torch's both pass and torch is not imported.
 """
 
 import math
@@ -12,24 +12,15 @@ import numpy as np
 
 
 def shape(function: str, name: str, x: Any, pattern: tuple[int | str | EllipsisType, ...]) -> None:
-    """Refuse ``x`` unless its shape matches ``pattern``.
+    """Refuse what is no array (`TypeError`) or has another shape than ``pattern`` (`ValueError`).
 
     Parameters
     ----------
     function, name
-        Who asks, and about which argument: both stand in the message.
-    x
-        Anything with a ``shape``.
+        Who asks, and about which argument ``x``: both stand in the message.
     pattern
         One entry a dimension. An integer asks for that size, a name for any size (the same one
         wherever the name comes back), and one ``...`` for any number of dimensions.
-
-    Raises
-    ------
-    TypeError
-        If ``x`` has no shape.
-    ValueError
-        If the shape does not match.
 
     Examples
     --------
@@ -50,45 +41,40 @@ def shape(function: str, name: str, x: Any, pattern: tuple[int | str | EllipsisT
         (sizes.setdefault(want, size) if isinstance(want, str) else want) != size
         for want, size in zip(wanted, got, strict=True)
     ):
-        entries = ["..." if entry is ... else str(entry) for entry in pattern]
-        tuple_text = f"({entries[0]},)" if len(entries) == 1 else f"({', '.join(entries)})"
-        raise ValueError(f"{function}: expected {name} of shape {tuple_text}, got {got}")
+        text = ", ".join("..." if entry is ... else str(entry) for entry in pattern)
+        comma = "," * (len(pattern) == 1)
+        raise ValueError(f"{function}: expected {name} of shape ({text}{comma}), got {got}")
 
 
-def integer(function: str, name: str, value: Any, *, at_least: int | None = None) -> None:
+def integer(function: str, name: str, value: Any, *, at_least: float = -math.inf) -> None:
     """Refuse what is no integer (`TypeError`) or is smaller than ``at_least`` (`ValueError`)."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{function}: expected {name} as an integer, got {value!r}")
-    if at_least is not None and value < at_least:
+    if value < at_least:
         raise ValueError(f"{function}: expected {name} of at least {at_least}, got {value}")
 
 
 def positive(function: str, name: str, value: float) -> None:
-    """Refuse a number that is not above zero, infinity and NaN included."""
+    """Refuse a number that is not above zero, infinity and NaN included (`ValueError`)."""
     if not 0 < value < math.inf:
         raise ValueError(f"{function}: expected {name} positive and finite, got {value}")
 
 
-def in_range(function: str, name: str, value: float, low: float, high: float) -> None:
-    """Refuse a number outside the closed interval from ``low`` to ``high``."""
+def in_range(function: str, name: str, value: float, low: float = 0, high: float = 1) -> None:
+    """Refuse a number outside ``[low, high]``, a probability unless told else (`ValueError`)."""
     if not low <= value <= high:
         raise ValueError(f"{function}: expected {name} in [{low}, {high}], got {value}")
 
 
-def probability(function: str, name: str, value: float) -> None:
-    """Refuse a number outside [0, 1]."""
-    in_range(function, name, value, 0, 1)
-
-
 def one_of(function: str, name: str, value: Any, options: Collection) -> None:
-    """Refuse a value that is not among ``options``."""
+    """Refuse a value that is not among ``options`` (`ValueError`)."""
     if value not in options:
         listed = ", ".join(repr(option) for option in options)
         raise ValueError(f"{function}: expected {name} to be one of {listed}, got {value!r}")
 
 
 def finite(function: str, name: str, x: Any) -> None:
-    """Refuse an array or tensor that holds infinity or NaN."""
-    bad = ~((x - x) == 0)  # inf - inf and nan - nan are nan, in NumPy and in torch
-    if bad.any():
-        raise ValueError(f"{function}: expected {name} finite, got {int(bad.sum())} bad values")
+    """Refuse an array or tensor that holds infinity or NaN (`ValueError`)."""
+    bad = int((~(abs(x) < math.inf)).sum())  # a comparison with NaN is false
+    if bad:
+        raise ValueError(f"{function}: expected {name} finite, got {bad} values that are not")

@@ -37,7 +37,7 @@ def mlp(
     Parameters
     ----------
     sizes
-        Widths from input to output, at least two.
+        Widths from input to output, at least two; `ValueError` otherwise.
     activation
         Called once a hidden layer.
     bias
@@ -49,11 +49,6 @@ def mlp(
     -------
     nn.Sequential
         Maps ``(batch, sizes[0])`` to ``(batch, sizes[-1])``.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than two sizes, or one is below 1.
 
     Examples
     --------
@@ -80,23 +75,26 @@ def small_cnn(
     width: int = 16,
     generator: torch.Generator,
 ) -> nn.Sequential:
-    """Build two 3 x 3 convolutions, ``width`` and ``2 width`` maps, each halved by pooling, and a
-    linear layer.
+    """Build two 3 x 3 convolutions, each with ReLU and 2 x 2 max pooling, and a linear layer.
 
     Parameters
     ----------
     image
         Channels, height and width of an input, the last two at least 4.
+    classes
+        Outputs.
+    width
+        Maps of the first convolution; the second has twice as many.
+    generator
+        A CPU generator that draws the weights.
 
-    Examples
-    --------
-    >>> net = small_cnn(generator=torch.Generator())
-    >>> net(torch.zeros(5, 1, 28, 28)).shape, sum(p.numel() for p in net.parameters())
-    (torch.Size([5, 10]), 20490)
+    Returns
+    -------
+    nn.Sequential
+        Maps ``(batch, *image)`` to ``(batch, classes)``.
     """
     channels, height, breadth = image
     _check.integer("small_cnn", "image side", min(height, breadth), at_least=4)
-    _check.integer("small_cnn", "width", width, at_least=1)
 
     def conv(fan_in, fan_out):
         return _draw(nn.Conv2d, fan_in, fan_out, 3, padding=1, generator=generator)
@@ -176,7 +174,7 @@ def resnet_cifar(
     Parameters
     ----------
     depth
-        Layers with weights, projections not counted: 8, 14, 20, …, 110, … or 18 or 34.
+        Layers with weights, projections not counted; `ValueError` if it is not in the table.
     classes
         Outputs.
     width
@@ -190,11 +188,6 @@ def resnet_cifar(
     -------
     nn.Sequential
         Maps ``(batch, 3, 32, 32)`` to ``(batch, classes)``.
-
-    Raises
-    ------
-    ValueError
-        If the depth is none of these.
 
     Convention
     ----------
@@ -217,7 +210,17 @@ def plain_cifar(
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     generator: torch.Generator,
 ) -> nn.Sequential:
-    """Build `resnet_cifar` without its shortcuts; the same arguments, the same stages."""
+    """Build `resnet_cifar` without its shortcuts.
+
+    Parameters
+    ----------
+    depth, classes, width, norm, generator
+        As there.
+
+    Returns
+    -------
+    nn.Sequential
+    """
     return _cifar("plain_cifar", depth, classes, width, norm, generator, shortcut=False)
 
 

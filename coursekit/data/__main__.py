@@ -7,7 +7,7 @@ from coursekit.data import files, sets
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command; a failure is one line on standard error and exit status 1."""
+    """Run one command; what goes wrong is told in one line, with exit status 1."""
     parser = argparse.ArgumentParser(prog="python -m coursekit.data")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="print all data sets, their tiers and licences")
@@ -24,8 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             print(*files.fetch(options.name), sep="\n")
         except (ImportError, OSError, ValueError) as error:
-            print(error, file=sys.stderr)
-            raise SystemExit(1) from error
+            sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -20,26 +20,9 @@ Task = Literal["classification", "regression"]
 class Split:
     """A data set, split into what may be learned from and what is only for the test.
 
-    Attributes
-    ----------
-    x_train, x_test
-        Inputs, one row an example: images ``(n, channels, height, width)`` or table rows
-        ``(n, features)``.
-    y_train, y_test
-        Targets ``(n,)``: int64 classes counted from 0, or real numbers.
-    name, tier
-        Which data, and whether all of it: ``"subset"`` or ``"full"``.
-    task
-        ``"classification"`` or ``"regression"``.
-    target_names, feature_names
-        Names of the classes (for regression: of the one target) and of a table's columns.
-    licence, citation
-        On what terms the data may be used, and whom to thank.
-
-    Raises
-    ------
-    ValueError
-        If inputs and targets differ in length, or training and test rows in shape.
+    Inputs are images ``(n, channels, height, width)`` or table rows ``(n, features)``, targets are
+    int64 classes counted from 0 or real numbers, ``(n,)``. The rest says what the data are:
+    ``target_names`` names the classes, or the one real target, ``feature_names`` a table's columns.
     """
 
     x_train: Float[np.ndarray, " train *features"]
@@ -61,28 +44,17 @@ class Split:
 
     def __repr__(self):
         what = f"{len(self.target_names)} classes" if self.task == "classification" else self.task
-        return (
-            f"Split({self.name}, {self.tier}: train {self.x_train.shape}, "
-            f"test {self.x_test.shape}, {what})"
-        )
+        sizes = f"train {self.x_train.shape}, test {self.x_test.shape}"
+        return f"Split({self.name}, {self.tier}: {sizes}, {what})"
 
     def tensors(
         self, device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
     ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]":
         """Copy to torch: ``x_train, y_train, x_test, y_test``.
 
-        Parameters
-        ----------
-        device
-            Where the tensors shall be.
-        dtype
-            Of inputs and real targets; float32 unless given. Classes are int64 always.
-
-        Returns
-        -------
-        tuple of Tensor
-            Real targets come as columns ``(n, 1)``, the shape of a network's output: subtracting
-            ``(n,)`` from ``(n, 1)`` would broadcast to ``(n, n)`` without a word.
+        Inputs and real targets get ``dtype``, float32 unless given; classes stay int64. Real
+        targets come as columns ``(n, 1)``, the shape of a network's output: subtracting ``(n,)``
+        from that would broadcast to ``(n, n)`` without a word.
 
         Examples
         --------
@@ -93,35 +65,22 @@ class Split:
         """
         import torch
 
-        real = torch.float32 if dtype is None else dtype
-
         def inputs(x):
-            return torch.tensor(x, dtype=real, device=device)
+            return torch.tensor(x, dtype=dtype or torch.float32, device=device)
 
         def targets(y):
             if self.task == "regression":
                 return inputs(y)[:, None]
             return torch.tensor(y, dtype=torch.int64, device=device)
 
-        return (
-            inputs(self.x_train),
-            targets(self.y_train),
-            inputs(self.x_test),
-            targets(self.y_test),
-        )
+        x_train, x_test = inputs(self.x_train), inputs(self.x_test)
+        return x_train, targets(self.y_train), x_test, targets(self.y_test)
 
     def standardized(self) -> "Split":
         """Give every feature mean 0 and variance 1 over the *training* rows.
 
         The test rows get the training rows' shift and scale, so nothing about them leaks. A feature
         that never varies in training is only shifted.
-
-        Examples
-        --------
-        >>> from coursekit import data
-        >>> wine = data.load("wine").standardized()
-        >>> bool(np.allclose(wine.x_train.std(axis=0), 1)), bool(abs(wine.x_test.mean()) < 0.1)
-        (True, True)
         """
         x = self.x_train
         mean = x.mean(axis=0, dtype=np.float64).astype(x.dtype)
