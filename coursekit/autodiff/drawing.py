@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from coursekit.autodiff.core import Node, toposort, value_of
 
-WIDTH, HEIGHT, GAP_X, GAP_Y = 118, 44, 18, 26  # of a box and between boxes, in CSS pixels
+WIDTH, HEIGHT, GAP_X, GAP_Y = 124, 58, 18, 24  # of a box and between boxes, in CSS pixels
 
 
 class Drawing(str):
@@ -83,7 +83,7 @@ def draw(
 
 
 def _layout(order: list[Node]) -> dict[Node, tuple[int, int]]:
-    """Put each node below its lowest parent, and near the middle of its parents."""
+    """Put each node below its lowest parent and, where it fits, under the middle of its parents."""
     row: dict[Node, int] = {}
     for node in order:
         row[node] = 1 + max((row[p] for p in node.parents), default=-1)
@@ -91,14 +91,24 @@ def _layout(order: list[Node]) -> dict[Node, tuple[int, int]]:
         users = [row[n] for n in order if node in n.parents]
         if not node.parents and users:
             row[node] = min(users) - 1
-    rows = [[n for n in order if row[n] == r] for r in range(max(row.values()) + 1)]
-    wide = max(map(len, rows))
-    middle: dict[Node, float] = {}
-    for nodes in rows:
-        nodes.sort(key=lambda n: np.mean([middle[p] for p in n.parents]) if n.parents else 0)
-        for i, n in enumerate(nodes):
-            middle[n] = (i + (wide - len(nodes)) / 2) * (WIDTH + GAP_X)
-    return {n: (1 + round(middle[n]), 1 + row[n] * (HEIGHT + GAP_Y)) for n in order}
+    at: dict[Node, float] = {}
+    for r in range(max(row.values()) + 1):
+        wished = [(_middle(n.parents, at), i, n) for i, n in enumerate(order) if row[n] == r]
+        free = 0.0
+        for wish, _, node in sorted(wished, key=lambda w: w[:2]):
+            at[node] = max(wish, free)
+            free = at[node] + WIDTH + GAP_X
+    for node in order:  # an input used once moves over its user, where there is room
+        users = [n for n in order if node in n.parents]
+        beside = [at[n] for n in order if row[n] == row[node] and n is not node]
+        if not node.parents and len(users) == 1:
+            if all(abs(at[users[0]] - other) >= WIDTH + GAP_X for other in beside):
+                at[node] = at[users[0]]
+    return {n: (1 + round(at[n]), 1 + row[n] * (HEIGHT + GAP_Y)) for n in order}
+
+
+def _middle(parents: Sequence[Node], at: Mapping[Node, float]) -> float:
+    return sum(at[p] for p in parents) / len(parents) if parents else 0.0
 
 
 SYMBOLS = {
@@ -125,9 +135,9 @@ def _label(node: Node, names: Mapping[Node, str], value: str) -> str:
 
 def _short(x: Any) -> str:
     x = value_of(x)
-    if isinstance(x, np.ndarray):
-        return "array " + "×".join(map(str, x.shape)) if x.ndim else f"{x:.4g}"
-    return f"{x:.4g}" if isinstance(x, float | int) else str(x)
+    if np.ndim(x):
+        return "array " + "×".join(map(str, np.shape(x)))
+    return f"{x:.4g}".replace("-", "−") if isinstance(x, float | int | np.ndarray) else str(x)
 
 
 def _edge(start: tuple[int, int], end: tuple[int, int]) -> str:
@@ -142,10 +152,14 @@ def _edge(start: tuple[int, int], end: tuple[int, int]) -> str:
 def _box(at: tuple[int, int], text: str, note: str | None, filled: bool) -> str:
     x, y = at
     fill = 'fill="#E69F00" fill-opacity="0.35"' if filled else 'fill="none"'
-    rows = [(text, 18), (note, 35)] if note else [(text, 27)]
+    formula, _, value = text.rpartition(" = ")
+    said = [part for part in (formula, value, note) if part]
+    rows = [
+        (part, HEIGHT // 2 + 5 + 17 * i - 17 * (len(said) - 1) // 2) for i, part in enumerate(said)
+    ]
     words = "".join(
         f'<text x="{x + WIDTH // 2}" y="{y + dy}" text-anchor="middle" stroke="none">'
-        f"{escape(t)}</text>"
-        for t, dy in rows
+        f"{escape(part)}</text>"
+        for part, dy in rows
     )
     return f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="6" {fill}/>{words}'
