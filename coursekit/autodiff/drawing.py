@@ -99,11 +99,11 @@ def _layout(order: list[Node]) -> dict[Node, tuple[int, int]]:
             at[node] = max(wish, free)
             free = at[node] + WIDTH + GAP_X
     for node in order:  # an input used once moves over its user, where there is room
-        users = [n for n in order if node in n.parents]
+        used_by = [n for n in order if node in n.parents]
         beside = [at[n] for n in order if row[n] == row[node] and n is not node]
-        if not node.parents and len(users) == 1:
-            if all(abs(at[users[0]] - other) >= WIDTH + GAP_X for other in beside):
-                at[node] = at[users[0]]
+        if not node.parents and len(used_by) == 1:
+            if all(abs(at[used_by[0]] - other) >= WIDTH + GAP_X for other in beside):
+                at[node] = at[used_by[0]]
     return {n: (1 + round(at[n]), 1 + row[n] * (HEIGHT + GAP_Y)) for n in order}
 
 
