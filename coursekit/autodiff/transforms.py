@@ -177,7 +177,7 @@ def jvp(f: Callable, x: Any, v: Any) -> tuple[Any, Any]:
 
     def dual(a, t):
         a = _input("jvp", a)
-        t = t if isinstance(t, Tracer) else np.asarray(t, dtype=value_of(a).dtype)[()]
+        t = t if isinstance(t, Tracer) else np.asanyarray(t, dtype=value_of(a).dtype)[()]
         if shape(a) != shape(t):
             raise ValueError(f"jvp: expected v of shape {shape(a)}, got {shape(t)}")
         return Dual(a, t, level)
