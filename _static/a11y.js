@@ -12,11 +12,12 @@
     each(".search-button-field, details > summary[aria-label]", e => e.removeAttribute("aria-label"));
     each(".theme-switch-button", e => name(e, "Colour theme"));
     each(".sidebar-primary-items__start", e => name(e, "Book", "region"));
+    each(".citation-list > .citation", e => e.setAttribute("role", "listitem"));
   }
 
   // What scrolls must take the focus, or the keyboard cannot reach the rest of it.
   function scrollers() {
-    each("pre, .math, .output, .pst-scrollable-table-container, .ck-scroll", e => {
+    each("pre, .math, mjx-container, .output, .pst-scrollable-table-container, .ck-scroll", e => {
       if (e.scrollWidth > e.clientWidth + 1) e.tabIndex = 0;
     });
   }

@@ -22,23 +22,29 @@ def documents():
     return [toc["root"], *(c["file"] for part in toc["parts"] for c in part["chapters"])]
 
 
+def build(output, builder="html"):
+    """Build the book with warnings as errors; returns the folder of its files."""
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", ".", "-W", "--keep-going"]
+    done = subprocess.run(
+        [*command, "-n", "--builder", builder, "--path-output", output],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    return output / "_build" / builder
+
+
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """Folder of the site, built with warnings as errors, once for all test processes."""
+    """Folder of the site, built once for all test processes."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent
-    output = base / "book"
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", ".", "-W", "--keep-going"]
+    done = base / "book" / "built"
     with FileLock(base / "book.lock"):
-        if not (output / "built").exists():
-            build = subprocess.run(
-                [*command, "-n", "--path-output", output],
-                cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-                capture_output=True,
-                text=True,
-            )
-            assert build.returncode == 0, build.stdout[-5000:] + build.stderr[-5000:]
-            (output / "built").touch()
-    return output / "_build" / "html"
+        if not done.exists():
+            build(base / "book")
+            done.touch()
+    return base / "book" / "_build" / "html"
