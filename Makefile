@@ -30,7 +30,7 @@ $(READY): requirements.lock pyproject.toml
 book: $(READY)  ## build the site into _build/html; any warning is an error
 	$(BIN)/jupyter-book build . -W --keep-going -n
 
-test: lint check  ## everything: lint, types, strict build, tests, doctests, notebooks, pages
+test: lint check  ## everything: lint, types, tests, doctests, notebooks, the strict build, its pages, assignments
 
 lint: $(READY)  ## style, spelling, types, workflow and citation files
 	$(BIN)/ruff check .
@@ -43,8 +43,7 @@ lint: $(READY)  ## style, spelling, types, workflow and citation files
 
 # loadfile: the cells of one notebook stay in one kernel. lax: cells tagged nbval-check-output are
 # compared with what is stored, the others must run.
-check: $(READY)  ## the strict book build, then one pytest run over tests, doctests and notebooks
-	$(BIN)/jupyter-book build . --all -W --keep-going -n
+check: $(READY)  ## one pytest run over tests, doctests and notebooks; the tests build the book
 	$(BIN)/python -m pytest tests coursekit notebooks README.md -n 2 --dist loadfile \
 	  --doctest-modules --doctest-glob README.md --durations 10 \
 	  --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-sanitize-with tests/sanitize.cfg

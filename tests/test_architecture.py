@@ -21,6 +21,8 @@ ROOMS_THAT_MAY_MEET = {("dcasgd", "parallelism")}
 OUTSIDE = {"tests", "experiments", "notebooks", "benchmarks", "book", "assignments"}
 # Where a distribution and the module it brings have different names.
 IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL", "ipython": "IPython"}
+# Matplotlib's documented way to set a colour cycle imports its companion by name.
+COMPANIONS = {"cycler"}
 
 GLOBAL_TORCH = {"manual_seed", "seed", "set_rng_state", "manual_seed_all"}
 NUMPY_GENERATORS = {"default_rng", "Generator", "SeedSequence", "PCG64", "Philox"}
@@ -218,12 +220,12 @@ def undeclared(source, module, declared):
 
 
 def declared_imports():
-    """Modules that an installation of the package, or of its data and ray extras, brings."""
+    """Modules that an installation of the package, or of an extra that it can use, brings."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    lines = project["dependencies"] + extras["data"] + extras["ray"]
+    lines = project["dependencies"] + extras["data"] + extras["book"] + extras["ray"]
     names = [Requirement(line).name for line in lines]
-    return {IMPORT_NAMES.get(name, name) for name in names}
+    return {IMPORT_NAMES.get(name, name) for name in names} | COMPANIONS
 
 
 def exported_by_folder(module):
