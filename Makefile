@@ -56,7 +56,7 @@ serve: book  ## read the site at http://127.0.0.1:8000
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000
 
 notebooks: $(READY)  ## run the chapters and store their outputs: make notebooks NB=notebooks/autodiff.ipynb
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 \
+	COURSEKIT_STATIC=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 \
 	  --ExecutePreprocessor.record_timing=True --ExecutePreprocessor.store_widget_state=False $(NB)
 
 assignments: $(READY)  ## student versions, without solutions and hidden tests, in assignments/release

@@ -80,7 +80,7 @@ def claim(
     Examples
     --------
     >>> claim("bagging/error-law", 1.009, expect=1.0, within=0.05, spread=0.044)
-    bagging/error-law     1.009 ± 0.044   expected 1.000 ± 0.05   holds
+    bagging/error-law               1.009 ± 0.044   expected 1.000 ± 0.05   holds
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*/[a-z0-9]+(-[a-z0-9]+)*", id):
         raise ValueError(f"claim: expected an id like bagging/error-law, got {id!r}")
@@ -99,12 +99,11 @@ def claim(
         if (numbers[name] or 0) < 0:
             raise ValueError(f"claim {id}: expected {name} not negative, got {numbers[name]}")
     outcome = _outcome(numbers)
-    line = f"{id}     {_sentence(numbers)}   {'holds' if outcome else 'does not hold'}"
+    line = f"{id:31} {_sentence(numbers)}   {'holds' if outcome else 'does not hold'}"
     print(line)
     record: dict[str, Any] = {k: None if x is None else _rounded(x) for k, x in numbers.items()}
     record |= {"over": over, "source": source, "verdict": "holds" if outcome else "does not hold"}
-    glue = {"scrapbook": {"name": id, "mime_prefix": GLUE}}
-    _publish({CLAIM: {"id": id} | record, f"{GLUE}text/plain": repr(record["value"])}, glue)
+    _publish(id, {CLAIM: {"id": id} | record, f"{GLUE}text/plain": repr(record["value"])})
     if outcome != holds:
         raise ClaimError(line if outcome is False else f"{line}, but holds=False says it does not")
 
@@ -144,7 +143,7 @@ def _sentence(n: dict[str, Any]) -> str:
     spread = "" if n["spread"] is None else f" ± {_text(n['spread'], 2)}"
     said = []
     if n["expect"] is not None:
-        said.append(f"{_text(n['expect'])} ± {n['within']:g}")
+        said.append(f"{_exact(n['expect'])} ± {n['within']:g}")
     said += [f"{sign} {n[k]:g}" for k, sign in BOUNDS.items() if n[k] is not None]
     return f"{value}{spread}   expected {' and '.join(said)}"
 
@@ -153,12 +152,17 @@ def _text(x: int | float, digits: int = 4) -> str:
     return str(x) if isinstance(x, int) else f"{x:#.{digits}g}".rstrip(".").replace(".e", "e")
 
 
-def _publish(bundle: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:
+def _exact(x: int | float) -> str:
+    return _text(x) if float(_text(x)) == x else f"{x:.10g}"
+
+
+def _publish(name: str, bundle: dict[str, Any]) -> None:
     """Put a record that no reader sees into the output of the cell, if there is a notebook."""
     shell = sys.modules.get("IPython")
     if shell is not None and shell.get_ipython() is not None:
         from IPython.display import display
 
+        metadata = {"scrapbook": {"name": name, "mime_prefix": GLUE}}
         display(bundle, raw=True, metadata=metadata)
 
 
@@ -253,7 +257,7 @@ def environment() -> None:
     found = _machine()
     said = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     print(f"{said}, {found['device']}, {found['cores']} cores")
-    _publish({ENVIRONMENT: found, f"{GLUE}text/plain": ""})
+    _publish("environment", {ENVIRONMENT: found, f"{GLUE}text/plain": said})
 
 
 @dataclass
