@@ -12,13 +12,17 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 LIMIT = 1_500_000  # bytes of one interactive figure; a page with three of them still loads quickly
+SHARPNESS = 1.5  # pixels of a raster picture for one pixel of the page
 
+# A screen reader says a new picture and its caption, because they appear in a live region; the
+# counter is left to the slider. Jupyter may show one output twice, so the script starts whatever
+# has this id and has not been started.
 PAGE = """\
 <figure class="ck-frames" id="{id}" role="group" aria-label="{label}">
 <style>
 #{id} .ck-controls[hidden], #{id} .ck-frame[hidden] {{ display: none; }}
-#{id} .ck-controls {{ display: flex; gap: .5rem; align-items: center; margin: .5rem 0; }}
-#{id} .ck-controls input {{ flex: 1; min-width: 4rem; }}
+#{id} .ck-controls {{ display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }}
+#{id} .ck-controls input {{ flex: 1; min-width: 8rem; }}
 #{id} .ck-controls button {{ min-width: 2.75rem; min-height: 2.75rem; font-size: 1.25rem;
   color: inherit; background: none; border: 1px solid currentColor; border-radius: .3rem; }}
 #{id} img {{ max-width: 100%; height: auto; background: white; }}
@@ -27,21 +31,20 @@ PAGE = """\
 <button type="button" aria-label="Previous">&#8249;</button>
 <label for="{id}-range">{label}</label>
 <input type="range" id="{id}-range" min="1" max="{count}" value="1">
-<output for="{id}-range">1 of {count}</output>
+<output for="{id}-range" aria-live="off">1 of {count}</output>
 <button type="button" aria-label="Next">&#8250;</button>
 </div>
+<div aria-live="polite">
 {frames}
+</div>
 <script>
-(function () {{
-  var root = document.getElementById("{id}");
-  if (!root || root.dataset.ready) return;
+document.querySelectorAll("#{id}:not([data-ready])").forEach(function (root) {{
   root.dataset.ready = "yes";
   var frames = root.querySelectorAll(".ck-frame"), range = root.querySelector("input");
   function show() {{
     frames.forEach(function (f, i) {{ f.hidden = i !== range.value - 1; }});
     root.querySelector("output").textContent = range.value + " of {count}";
-    var caption = frames[range.value - 1].querySelector(".ck-caption");
-    range.setAttribute("aria-valuetext", caption ? caption.textContent : range.value);
+    range.setAttribute("aria-valuetext", range.value + " of {count}");
   }}
   root.querySelectorAll("button").forEach(function (b, i) {{
     b.addEventListener("click", function () {{
@@ -51,7 +54,7 @@ PAGE = """\
   range.addEventListener("input", show);
   root.querySelector(".ck-controls").hidden = false;
   show();
-}})();
+}});
 </script>
 </figure>"""
 
@@ -79,7 +82,8 @@ def frames(
 ) -> Frames:
     """Let the reader go through pictures drawn beforehand with a slider, arrow keys or buttons.
 
-    Where scripts do not run, all pictures are shown below each other.
+    Left and right arrow, Home and End move the slider. Where scripts do not run, all pictures are
+    shown below each other.
 
     Parameters
     ----------
@@ -92,7 +96,7 @@ def frames(
     alts
         One alternative text a picture. SVG that has ``role="img"`` and ``aria-label`` needs none.
     captions
-        One line a picture, saying what to see in it; read out when the slider moves.
+        One line a picture, saying what to see in it; read out when the picture appears.
 
     Returns
     -------
@@ -109,6 +113,8 @@ def frames(
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
         raise ValueError(f"frames: expected a name like message-passing, got {name!r}")
+    if not label.strip():
+        raise ValueError("frames: expected a label for the slider, got an empty one")
     if not pictures:
         raise ValueError("frames: expected at least one picture, got none")
     for what, texts in (("alts", alts), ("captions", captions)):
@@ -145,10 +151,13 @@ def _html(picture: Any, alt: str | None) -> str:
     if alt is None:
         raise ValueError("frames: expected alts, one text for each figure, got none")
     buffer = io.BytesIO()
-    picture.savefig(buffer, format="png", dpi=90, metadata={"Software": None})
+    # 96 pixels of the page are an inch; without the version of matplotlib, the bytes are the same
+    picture.savefig(buffer, format="png", dpi=96 * SHARPNESS, metadata={"Software": None})
     plt.close(picture)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+    width, height = (round(96 * inches) for inches in picture.get_size_inches())
+    size = f'width="{width}" height="{height}"'
+    return f'<img alt="{escape(alt)}" {size} src="data:image/png;base64,{data}">'
 
 
 def live(function: Callable[..., None], **controls: Any) -> None:
