@@ -1,6 +1,7 @@
 """The built book, for the tests of its files and for the tests of its pages in a browser."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,8 @@ def build(output, builder="html"):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    lines = (done.stdout + done.stderr).splitlines()
+    assert done.returncode == 0, [line for line in lines if re.search("WARNING|rror|ERROR", line)]
     return output / "_build" / builder
 
 

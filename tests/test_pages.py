@@ -110,13 +110,14 @@ def test_a_page_loads_without_network_or_error_and_shows_its_formulas(visit, nam
 @pytest.mark.parametrize("name", PAGES)
 def test_axe_finds_no_serious_violation_in_light_and_dark(visit, name):
     with visit(name) as page:
-        for scheme in "light", "dark":
+        for scheme, rules in ("light", {}), ("dark", {"runOnly": ["color-contrast"]}):
             page.emulate_media(color_scheme=scheme)
             page.wait_for_function(f"document.documentElement.dataset.theme === '{scheme}'")
-            found = Axe().run(page).response["violations"]
+            # The insides of a formula are thousands of spans that readers get as MathML.
+            found = Axe().run(page, context={"exclude": ["mjx-container"]}, options=rules)
             assert [
                 (v["id"], [node["html"][:200] for node in v["nodes"][:3]])
-                for v in found
+                for v in found.response["violations"]
                 if v["impact"] in ("serious", "critical")
             ] == []
 

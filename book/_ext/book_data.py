@@ -94,7 +94,7 @@ def read_chapter(path):
                 if CLAIM in data:
                     claims.append(Claim(_checked_claim(data[CLAIM], path.stem), index))
                 if ENVIRONMENT in data:
-                    environment = "".join(data["text/plain"]).strip("'\"\n ")
+                    environment = _machine(data[ENVIRONMENT])
         return Chapter(
             name=path.stem,
             curriculum=list(kit.get("curriculum", [])),
@@ -337,6 +337,11 @@ def _checked_claim(record, chapter):
     if not re.fullmatch(rf"{chapter}/[a-z0-9-]+", record["id"]):
         raise BookDataError(f"claim {record['id']}: expected an id {chapter}/<slug>")
     return record
+
+
+def _machine(record):
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"{record['device']}, {record['cores']} cores; {versions}"
 
 
 def _seconds(cells):

@@ -48,9 +48,14 @@ def fill_page(app, docname, source):
     """
     if docname in app.book_chapters:
         notebook = json.loads(source[0])
-        for output in (o for cell in notebook["cells"] for o in cell.get("outputs", [])):
-            for mime in book_data.CLAIM, book_data.ENVIRONMENT:
-                output.get("data", {}).pop(mime, None)
+        for cell in notebook["cells"]:
+            outputs = [
+                o for o in cell.get("outputs", []) if book_data.ENVIRONMENT not in o.get("data", {})
+            ]
+            for output in outputs:
+                output.get("data", {}).pop(book_data.CLAIM, None)
+            if "outputs" in cell:
+                cell["outputs"] = outputs
         source[0] = json.dumps(notebook)
     for name, text in app.book_texts.items():
         source[0] = source[0].replace(f"{MARK}{name}\n", text + "\n")
