@@ -22,17 +22,17 @@ PAGE = """\
 <style>
 #{id} .ck-controls[hidden], #{id} .ck-frame[hidden] {{ display: none; }}
 #{id} .ck-controls {{ display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }}
-#{id} .ck-controls input {{ flex: 1; min-width: 8rem; }}
+#{id} .ck-controls input {{ flex: 1; min-width: 5rem; }}
 #{id} .ck-controls button {{ min-width: 2.75rem; min-height: 2.75rem; font-size: 1.25rem;
   color: inherit; background: none; border: 1px solid currentColor; border-radius: .3rem; }}
 #{id} img {{ max-width: 100%; height: auto; background: white; }}
 </style>
 <div class="ck-controls" hidden>
 <button type="button" aria-label="Previous">&#8249;</button>
+<button type="button" aria-label="Next">&#8250;</button>
 <label for="{id}-range">{label}</label>
 <input type="range" id="{id}-range" min="1" max="{count}" value="1">
 <output for="{id}-range" aria-live="off">1 of {count}</output>
-<button type="button" aria-label="Next">&#8250;</button>
 </div>
 <div aria-live="polite">
 {frames}
