@@ -118,7 +118,7 @@ def value_and_grad(f: Callable, argnum: int = 0) -> Callable:
                 f"grad: expected f to return a scalar, got shape {shape(y)}; "
                 "take its sum or mean, or use jacobian"
             )
-        return y, pullback(_filled(y, 1.0))
+        return y, pullback(value_of(y).dtype.type(1))
 
     return both
 

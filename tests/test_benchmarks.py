@@ -1,0 +1,36 @@
+"""Benchmarks are run small, so that they do not rot; their stored records keep their promises."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_benchmark_runs_small_and_writes_nothing(script):
+    record = ROOT / "benchmarks" / "results" / f"{script.stem}.json"
+    before = record.read_bytes()
+    done = subprocess.run(
+        [sys.executable, script, "--smoke"], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ms" in done.stdout
+    assert record.read_bytes() == before
+
+
+@pytest.mark.covers("A7")
+@pytest.mark.covers("A8")
+def test_the_stored_record_of_autodiff_keeps_the_promised_ratios():
+    record = json.loads((ROOT / "benchmarks" / "results" / "autodiff.json").read_text())
+    assert record["course_over_by_hand"] <= 1.3
+    assert record["course_over_hips"] <= 0.7
+    assert record["chain"]["nodes"] == 400_000
+    assert record["memory_exponents"][0] == pytest.approx(1.0, abs=0.05)
+    assert record["memory_exponents"][1] == pytest.approx(0.5, abs=0.1)
+    times = record["gradient_ms"]
+    assert record["course_over_by_hand"] == pytest.approx(times["course"] / times["by hand"])
