@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from numpy.typing import ArrayLike
 
 from coursekit import _check
@@ -78,7 +79,8 @@ def band(
     ['measured']
     """
     x, runs = np.asarray(x, dtype=float), np.asarray(runs, dtype=float)
-    _check.shape("band", "runs", runs, ("seeds", *x.shape))
+    _check.shape("band", "x", x, ("n",))
+    _check.shape("band", "runs", runs, ("seeds", len(x)))
     if len(runs) < 2:
         raise ValueError(f"band: expected two runs or more, got {len(runs)}")
     ax = plt.gca() if ax is None else ax
@@ -103,10 +105,29 @@ def direct_label(
 
     Parameters
     ----------
+    ax, text
+        Where to write, and what.
     x, y
         A point of the line, in data units; the text ends there.
+    color
+        That of the line; the text is darkened as far as its contrast with the card asks for.
     offset
         Of the text from the point, in points of 1/72 inch.
+
+    Returns
+    -------
+    Axes
     """
-    ax.annotate(text, (x, y), color=color, ha="right", xytext=offset, textcoords="offset points")
+    ink = _ink(color)
+    ax.annotate(text, (x, y), color=ink, ha="right", xytext=offset, textcoords="offset points")
     return ax
+
+
+def _ink(color: Any) -> np.ndarray:
+    """Darken a colour until its contrast with white is 4.5:1, the least for text (WCAG 2)."""
+    rgb = np.array(to_rgb(color))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ [0.2126, 0.7152, 0.0722]
+    brightest = 1.05 / 4.5 - 0.05
+    # a factor on sRGB is, but for the darkest colours, its 2.4th power on light
+    return rgb * min(1.0, (brightest / max(luminance, brightest)) ** (1 / 2.1))
