@@ -8,7 +8,6 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -114,7 +113,7 @@ def _number(who: str, name: str, x: Any) -> int | float:
         if math.prod(x.shape) != 1:
             raise ValueError(f"{who}: expected {name} as one number, got shape {tuple(x.shape)}")
         x = x.item()
-    if not isinstance(x, int | float):
+    if isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{who}: expected {name} as a number, got {x!r}")
     if not math.isfinite(x):
         raise ValueError(f"{who}: expected {name} finite, got {x}")
@@ -135,25 +134,22 @@ def _rounded(x: int | float) -> int | float:
 
 def _sentence(n: dict[str, Any]) -> str:
     """Write value and expectation with as many digits as it takes to see the outcome."""
-    value = ""
-    for digits in range(4, 18):
-        value = _text(n["value"], digits)
-        if _outcome(n | {"value": float(value)}) == _outcome(n):
-            break
-    spread = "" if n["spread"] is None else f" ± {_text(n['spread'], 2)}"
+    value = _text(n["value"], lambda shown: _outcome(n | {"value": shown}) == _outcome(n))
+    spread = "" if n["spread"] is None else f" ± {n['spread']:#.2g}"
     said = []
     if n["expect"] is not None:
-        said.append(f"{_exact(n['expect'])} ± {n['within']:g}")
+        near = _text(n["expect"], lambda shown: abs(shown - n["expect"]) <= n["within"] / 100)
+        said.append(f"{near} ± {n['within']:g}")
     said += [f"{sign} {n[k]:g}" for k, sign in BOUNDS.items() if n[k] is not None]
     return f"{value}{spread}   expected {' and '.join(said)}"
 
 
-def _text(x: int | float, digits: int = 4) -> str:
-    return str(x) if isinstance(x, int) else f"{x:#.{digits}g}".rstrip(".").replace(".e", "e")
-
-
-def _exact(x: int | float) -> str:
-    return _text(x) if float(_text(x)) == x else f"{x:.10g}"
+def _text(x: int | float, says_enough: Callable[[float], bool]) -> str:
+    """Write a number with four significant digits, or with more until they say enough."""
+    if isinstance(x, int):
+        return str(x)
+    texts = (f"{x:#.{digits}g}".rstrip(".").replace(".e", "e") for digits in range(4, 18))
+    return next(text for text in texts if says_enough(float(text)))
 
 
 def _publish(name: str, bundle: dict[str, Any]) -> None:
@@ -203,10 +199,11 @@ def run_seeds(function: Callable[[int], Any], seeds: Iterable[int] = range(5)) -
 
 
 def _stacked(name: str, values: list[Any]) -> np.ndarray:
-    shapes = {np.shape(value) for value in values}
+    arrays = [np.asarray(v.detach().cpu() if hasattr(v, "detach") else v) for v in values]
+    shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
         raise ValueError(f"run_seeds: expected one shape of {name}, got {sorted(shapes)}")
-    return np.stack([np.asarray(value) for value in values])
+    return np.stack(arrays)
 
 
 def interval(values: Any, confidence: float = 0.95) -> tuple[float, float]:
@@ -271,7 +268,7 @@ class Record:
     config
         Every setting.
     seeds, values
-        The seeds, and for each metric one value a seed, in their order.
+        The seeds, and for each metric one number or array a seed, in their order.
     selection
         The rule by which settings were chosen: a result without it is not a result.
     tier
@@ -287,7 +284,7 @@ class Record:
     study: str
     config: dict[str, Any]
     seeds: list[int]
-    values: dict[str, list[float]]
+    values: dict[str, Any]
     selection: str
     tier: str
     wall_s: float
@@ -298,11 +295,12 @@ class Record:
     commit: str = field(default_factory=lambda: _commit())
 
     def __post_init__(self):
-        for name, values in self.values.items():
-            if len(values) != len(self.seeds):
+        self.values = {name: np.asarray(got).tolist() for name, got in self.values.items()}
+        for name, got in self.values.items():
+            if not isinstance(got, list) or len(got) != len(self.seeds):
                 raise ValueError(
                     f"Record {self.study}: expected {len(self.seeds)} values of {name}, "
-                    f"one a seed, got {len(values)}"
+                    f"one a seed, got {got}"
                 )
 
     def save(self, path: str | Path) -> None:
@@ -311,19 +309,22 @@ class Record:
         Raises
         ------
         ValueError
-            When a number is not finite.
+            When something is no JSON: a number that is not finite, an array in ``config``.
         """
         path = Path(path)
         try:
             text = json.dumps(asdict(self), indent=2, allow_nan=False)
-        except ValueError as error:
-            raise ValueError(f"Record {self.study}: expected finite numbers: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"Record {self.study}: expected what JSON can hold: {error}"
+            ) from error
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
-        ) as file:
-            file.write(text + "\n")
-        os.replace(file.name, path)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            unfinished.write_text(text + "\n", encoding="utf-8")
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "Record":
@@ -332,11 +333,11 @@ class Record:
         Raises
         ------
         ValueError
-            When the file is no JSON or lacks a field; the message names file and field.
+            When the file is no record; the message names the file and what is missing or wrong.
         """
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"Record.load: expected JSON in {path}, got: {error}") from error
         names = {f.name for f in fields(cls)}
         if not isinstance(found, dict) or found.keys() != names:
@@ -345,14 +346,21 @@ class Record:
                 f"Record.load: {path} lacks {sorted(names - got)} and has unknown "
                 f"{sorted(got - names)}"
             )
-        return cls(**found)
+        try:
+            return cls(**found)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"Record.load: {path} is no record: {error}") from error
 
     def summarize(self) -> str:
-        """Return a table, one line a metric: mean ± standard deviation (number of seeds)."""
+        """Return a table, one line a metric: mean ± standard deviation (number of seeds).
+
+        A metric with a whole curve for each seed has no line.
+        """
         lines = []
         for name, values in self.values.items():
-            sd = f" ± {np.std(values, ddof=1):.4g}" if len(values) > 1 else ""
-            lines.append(f"{name:24} {np.mean(values):.4g}{sd} ({len(values)})")
+            if np.ndim(values) == 1:
+                sd = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
+                lines.append(f"{name:24} {np.mean(values):.4g}{sd} ({len(values)})")
         return "\n".join(lines)
 
 
