@@ -45,7 +45,7 @@ lint: $(READY)  ## style, spelling, types, workflow and citation files
 # compared with what is stored, the others must run.
 check: $(READY)  ## one pytest run over tests, doctests and notebooks; the tests build the book
 	$(BIN)/python -m pytest tests coursekit notebooks README.md -n 2 --dist loadfile \
-	  --doctest-modules --doctest-glob README.md --durations 10 \
+	  --doctest-modules --doctest-glob README.md --durations 10 -rs \
 	  --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-sanitize-with tests/sanitize.cfg
 
 test-offline: $(READY)  ## the same again where there is no network but loopback
