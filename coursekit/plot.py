@@ -127,7 +127,7 @@ def _ink(color: Any) -> np.ndarray:
     """Darken a colour until its contrast with white is 4.5:1, the least for text (WCAG 2)."""
     rgb = np.array(to_rgb(color))
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    luminance = linear @ [0.2126, 0.7152, 0.0722]
+    luminance = float(linear @ [0.2126, 0.7152, 0.0722])
     brightest = 1.05 / 4.5 - 0.05
-    # a factor on sRGB is, but for the darkest colours, its 2.4th power on light
+    # a factor f on sRGB is about f^2.2 on light; 2.1 errs to the dark side
     return rgb * min(1.0, (brightest / max(luminance, brightest)) ** (1 / 2.1))
