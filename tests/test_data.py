@@ -303,8 +303,9 @@ def damaged():
     yield whole[:-12], r"^load: expected x\.gz as intact gzip, got: .*end-of-stream"
     yield whole[:-1], r"^load: expected x\.gz as intact gzip, got: "
     yield b"no gzip", r"^load: expected x\.gz as intact gzip, got: Not a gzipped file"
-    flipped = whole[:30] + bytes([whole[30] ^ 255]) + whole[31:]
-    yield flipped, r"^load: expected x\.gz as intact gzip, got: "
+    flipped = whole[:-8] + bytes([whole[-8] ^ 255]) + whole[-7:]
+    yield flipped, r"^load: expected x\.gz as intact gzip, got: CRC check failed"
+    yield whole[:10] + b"\7" + whole[11:], r"as intact gzip, got: .*invalid block type"
     short = r"^load: expected x\.gz with 100 values of shape \(4, 25\), got 99$"
     yield gzip.compress(raw[:-1], mtime=0), short
     yield gzip.compress(raw + b"\0", mtime=0), short.replace("99", "101")

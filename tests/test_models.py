@@ -195,7 +195,7 @@ def test_without_normalization_a_cifar_net_is_positively_homogeneous():
     assert not torch.allclose(normed(3 * x), 3 * normed(x), rtol=0.1)
 
 
-@pytest.mark.parametrize("depth", [-4, 2, 19])
+@pytest.mark.parametrize("depth", [-4, 2, 19, 22])
 @pytest.mark.parametrize("make", [models.resnet_cifar, models.plain_cifar])
 def test_a_depth_outside_the_family_is_refused(make, depth):
     message = rf"^{make.__name__}: expected depth 6n \+ 2 \(8, 14, 20, …\), 18 or 34, got {depth}$"

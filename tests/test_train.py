@@ -316,10 +316,12 @@ def test_a_callback_can_end_the_training_and_all_are_called():
 def test_training_restores_every_modules_mode():
     net = nn.Sequential(nn.BatchNorm1d(13), nn.Dropout(0.5), nn.Linear(13, 3)).eval()
     modes = []
-    net[2].register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    net[2].register_forward_pre_hook(
+        lambda module, _: modes.append((module.training, torch.is_grad_enabled()))
+    )
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
     train.fit(net, WINE, sgd, 1, 142, generator=train.generator(0, "data"), device="cpu")
-    assert modes == [True, False, False]  # one step, then two evaluations
+    assert modes == [(True, True), (False, False), (False, False)]  # a step, two evaluations
     assert not any(module.training for module in net.modules())
     assert net[0].num_batches_tracked == 1  # the evaluations did not count
 
