@@ -6,6 +6,7 @@ Each ``*_page`` function returns MyST Markdown; ``book_pages`` puts it where a p
 
 import ast
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -265,33 +266,24 @@ def status_page(chapters):
     """What each chapter holds, how long it took and on which machine."""
     if not chapters:
         return "No chapter has been run yet."
-    rows = [
+    holds = [
+        [_link(c), *map(str, (len(c.curriculum), c.cells, len(c.claims), c.exercises, c.figures))]
+        for c in chapters
+    ]
+    runs = [
         [
-            f"{{doc}}`/notebooks/{c.name}`",
-            f"{len(c.curriculum)}",
+            _link(c),
             "not measured" if c.seconds is None else f"{c.seconds:.0f} s",
             "none set" if c.budget_s is None else f"{c.budget_s:g} s",
-            f"{c.cells}",
-            f"{len(c.claims)}",
-            f"{c.exercises}",
-            f"{c.figures}",
             c.environment or "not recorded",
         ]
         for c in chapters
     ]
-    return _table(
+    return "\n\n".join(
         [
-            "Chapter",
-            "Rows",
-            "Run time",
-            "Budget",
-            "Code cells",
-            "Claims",
-            "Exercises",
-            "Figures",
-            "Run on",
-        ],
-        rows,
+            _table(["Chapter", "Rows", "Code cells", "Claims", "Exercises", "Figures"], holds),
+            _table(["Chapter", "Run time", "Budget", "Run on"], runs),
+        ]
     )
 
 
@@ -308,9 +300,11 @@ def api_page(public):
 
 
 def expectation(record):
-    """What a claim expects, in the words of its printed line."""
+    """What a claim expects, in words."""
     if record.get("expect") is not None:
         within = record.get("within")
+        if within == 0:
+            return f"exactly {number(record['expect'])}"
         return number(record["expect"]) + (f" ± {number(within)}" if within is not None else "")
     bounds = [("at least", "at_least"), ("at most", "at_most")]
     said = [f"{w} {number(record[k])}" for w, k in bounds if record.get(k) is not None]
@@ -318,15 +312,20 @@ def expectation(record):
 
 
 def ours(record):
-    """The value of a claim with its spread."""
-    spread = f" ± {number(record['spread'])}" if record.get("spread") is not None else ""
-    over = f" ({record['over']})" if record.get("over") else ""
-    return number(record["value"]) + spread + over
+    """The value of a claim with its spread, with the digits that the spread or tolerance needs."""
+    value, spread, over = record["value"], record.get("spread"), record.get("over")
+    scale = spread or record.get("within")
+    if isinstance(value, float) and scale:
+        decimals = max(0, 1 - math.floor(math.log10(scale)))
+        shown = f"{value:.{decimals}f}" + (f" ± {spread:.{decimals}f}" if spread else "")
+    else:
+        shown = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return shown.replace("-", "−") + (f" ({over})" if over else "")
 
 
 def number(value):
-    """Four significant digits; anything that is no float stays as it is."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """A number as it was written in the claim, with a minus sign that does not break a line."""
+    return (f"{value:g}" if isinstance(value, float) else str(value)).replace("-", "−")
 
 
 def _checked_claim(record, chapter):
@@ -385,6 +384,10 @@ def _function(name, public):
         return f"`{name.removeprefix('coursekit.')}`"
     shown = ".".join(filter(None, [public[owner], method]))
     return f"{{py:obj}}`{shown.removeprefix('coursekit.')} <{shown}>`"
+
+
+def _link(chapter):
+    return f"{{doc}}`/notebooks/{chapter.name}`"
 
 
 def _test_link(test, source):
