@@ -1,6 +1,6 @@
 """The networks that chapters train: a perceptron, a small convolutional net, CIFAR nets.
 
-**Convention.** Every weight and bias starts as torch's default has it, uniform in ±1/√fan_in, but
+Convention: every weight and bias starts as torch's default has it, uniform in ±1/√fan_in, but
 drawn from the generator that the caller hands over, never from the global one. Normalization starts
 at scale 1 and shift 0. A chapter that wants another start overwrites this one.
 """
@@ -189,15 +189,11 @@ def resnet_cifar(
     nn.Sequential
         Maps ``(batch, 3, 32, 32)`` to ``(batch, classes)``.
 
-    Convention
-    ----------
-    Shortcuts that change shape are projections (option B of the paper); its CIFAR nets pad with
-    zeros (option A), which saves 2,752 of ResNet-20's parameters.
+    Convention: shortcuts that change shape are projections (option B of the paper); its CIFAR nets
+    pad with zeros (option A), which saves 2,752 of ResNet-20's parameters.
 
-    Source
-    ------
-    K. He, X. Zhang, S. Ren and J. Sun, Deep Residual Learning for Image Recognition,
-    arXiv:1512.03385, section 4.2 and table 1.
+    Source: K. He, X. Zhang, S. Ren and J. Sun, Deep Residual Learning for Image Recognition,
+    arXiv:1512.03385, section 4.2 and table 1. Curriculum: C5, G5.
     """
     return _cifar("resnet_cifar", depth, classes, width, norm, generator, shortcut=True)
 
@@ -220,6 +216,8 @@ def plain_cifar(
     Returns
     -------
     nn.Sequential
+
+    Curriculum: G5.
     """
     return _cifar("plain_cifar", depth, classes, width, norm, generator, shortcut=False)
 
