@@ -562,6 +562,29 @@ def test_a_drawing_escapes_what_is_not_markup():
     assert "<b>" not in ad.draw(ad.Node(1.0) * 2, alt='"<b>"')
 
 
+# --- samples ---
+
+
+@pytest.mark.covers("A10")
+def test_a_sample_is_refused_rather_than_given_a_silent_zero():
+    rng = np.random.default_rng(0)
+    with pytest.raises(TypeError, match="expected numbers, got a traced value"):
+        ad.grad(lambda mu: rng.normal(mu, 1.0))(1.0)
+
+
+@pytest.mark.covers("A10")
+def test_both_estimators_of_a_gradient_through_a_sample_are_unbiased():
+    noise = np.random.default_rng(0).normal(size=200_000)
+    x, mu = 1.0 + noise, np.ones(200_000)
+    score = x**2 * ad.grad(lambda m: ad.sum(-0.5 * (x - m) ** 2))(mu)
+    path = ad.grad(lambda m: ad.sum((m + noise) ** 2))(mu)
+    np.testing.assert_allclose(path, 2 * x)
+    for estimate, variance in ((score, 30), (path, 4)):
+        error = np.sqrt(variance / noise.size)
+        assert abs(estimate.mean() - 2) < 4 * error
+        assert estimate.var() == pytest.approx(variance, rel=0.1)
+
+
 # --- training: the course engine beside torch ---
 
 

@@ -155,6 +155,11 @@ def primitive(fun: Callable) -> Callable:
     fun : callable
         Takes arrays as positional arguments and options by keyword; returns one array.
 
+    Returns
+    -------
+    callable
+        With the attributes ``vjp`` and ``jvp`` that `defvjp` and `defjvp` fill.
+
     Raises
     ------
     TypeError
@@ -250,6 +255,19 @@ def defjvp(fun: Callable, *rules: Callable | None) -> None:
 def unbroadcast(g: Any, to: tuple[int, ...], name: str = "unbroadcast") -> Any:
     """Sum a gradient over the axes along which its argument had been repeated.
 
+    Parameters
+    ----------
+    g : array
+        The gradient, of the shape of the result.
+    to : tuple of int
+        The shape of the argument.
+    name : str
+        Who is to blame in the message.
+
+    Returns
+    -------
+    array of shape ``to``
+
     Raises
     ------
     ValueError
@@ -302,6 +320,11 @@ def backward(end: Node, upstream: Any) -> dict[Node, Any]:
         The output.
     upstream : array_like, the shape of ``end``
         The gradient of the final scalar with respect to ``end``; 1 when ``end`` is that scalar.
+
+    Returns
+    -------
+    dict
+        From each root to its gradient, of the root's shape.
 
     Raises
     ------
