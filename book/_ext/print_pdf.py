@@ -25,7 +25,8 @@ def print_pdf(folder, target):
         page.goto(Path(page_file).as_uri())
         page.wait_for_function("window.MathJax && MathJax.startup.promise.then(() => true)")
         page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-        page.pdf(path=target, format="A4", tagged=True, outline=True)
+        margin = dict.fromkeys(["top", "bottom", "left", "right"], "15mm")
+        page.pdf(path=target, format="A4", margin=margin, tagged=True, outline=True)
         browser.close()
 
 
