@@ -55,9 +55,11 @@ test-offline: $(READY)  ## the same again where there is no network but loopback
 serve: book  ## read the site at http://127.0.0.1:8000
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000
 
+# The second pass joins what one cell printed in pieces, so that a new run makes a small diff.
 notebooks: $(READY)  ## run the chapters and store their outputs: make notebooks NB=notebooks/autodiff.ipynb
 	COURSEKIT_STATIC=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 \
 	  --ExecutePreprocessor.record_timing=True --ExecutePreprocessor.store_widget_state=False $(NB)
+	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams $(NB)
 
 assignments: $(READY)  ## student versions, without solutions and hidden tests, in assignments/release
 	cd assignments && for name in $(ASSIGNMENTS); do ../$(BIN)/nbgrader generate_assignment $$name --create --force || exit 1; done
