@@ -164,8 +164,9 @@ mean = linear(
 
 
 def _logsumexp(x, axis=None, keepdims=False):
-    highest = np.max(x, axis=axis, keepdims=True)  # so that exp cannot overflow
-    out = np.log(np.sum(np.exp(x - highest), axis=axis, keepdims=True)) + highest
+    x = np.asanyarray(x)
+    highest = x.max(axis=axis, keepdims=True)  # so that exp cannot overflow
+    out = np.log(np.exp(x - highest).sum(axis=axis, keepdims=True)) + highest
     return out if keepdims else np.squeeze(out, axis=axis)
 
 
@@ -293,7 +294,8 @@ def _cross_entropy(logits, labels):
 
     Curriculum: A11.
     """
-    got, labels = logits.shape, np.asarray(labels)
+    logits, labels = np.asanyarray(logits), np.asarray(labels)
+    got = logits.shape
     if len(got) != 2 or labels.shape != got[:1]:
         raise ValueError(
             "cross_entropy: expected logits of shape (batch, classes) and labels of shape "
@@ -302,7 +304,7 @@ def _cross_entropy(logits, labels):
     if labels.size == 0 or labels.min() < 0 or labels.max() >= got[1]:
         raise ValueError(f"cross_entropy: expected labels in 0 … {got[1] - 1}, got {labels}")
     right = logits[np.arange(len(labels)), labels]
-    return np.mean(_logsumexp(logits, axis=1) - right)
+    return (_logsumexp(logits, axis=1) - right).mean()
 
 
 def _residual(logits, labels):
