@@ -260,6 +260,16 @@ def test_argnum_picks_the_argument():
     np.testing.assert_allclose(ad.grad(f, -1)(np.ones(2), np.array([2.0, 3.0])), [4, 6])
 
 
+def test_gradients_belong_to_the_caller():
+    one, two = ad.grad(lambda p: ad.sum(p[0] + p[1]))((np.ones(3), np.ones(3)))
+    one *= 5  # neither read-only nor shared
+    np.testing.assert_array_equal(two, np.ones(3))
+    g = np.ones(3)
+    back = ad.vjp(lambda x: x, np.ones(3))[1](g)
+    back += 1
+    np.testing.assert_array_equal(g, np.ones(3))
+
+
 def test_what_the_output_does_not_depend_on_has_gradient_zero():
     np.testing.assert_array_equal(ad.grad(lambda x: ad.sum(np.ones(2)))(np.ones(3)), np.zeros(3))
     used, unused = ad.grad(lambda p: p[0] * 2)((1.0, np.ones(3)))
@@ -502,6 +512,11 @@ ERRORS = {
         lambda: ad.grad(lambda x: np.add.reduce(x))(np.ones(2)),
         NotImplementedError,
         "numpy.add.reduce: no derivative rule",
+    ),
+    "an array written in place": (
+        lambda: ad.grad(lambda x: ad.sum(np.add(x, 1.0, out=np.zeros(2))))(np.ones(2)),
+        TypeError,
+        "numpy.add: expected no options for a traced value, got out; an array written in place",
     ),
     "a rule of the wrong shape": (
         lambda: ad.grad(_wrong_shape())(np.ones(3)),

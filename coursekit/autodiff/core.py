@@ -53,6 +53,11 @@ class Tracer:
     def __array_ufunc__(self, ufunc, method, *args, **kwargs):
         if method != "__call__":
             raise NotImplementedError(f"numpy.{ufunc.__name__}.{method}: no derivative rule")
+        if kwargs:
+            raise TypeError(
+                f"numpy.{ufunc.__name__}: expected no options for a traced value, got "
+                f"{', '.join(kwargs)}; an array written in place (out=, +=) has no graph"
+            )
         return self.__array_function__(ufunc, (), args, kwargs)
 
     def __array_function__(self, fun, types, args, kwargs):

@@ -77,9 +77,17 @@ def vjp(f: Callable, x: Any) -> tuple[Any, Callable]:
         if shape(g) != shape(y):
             raise ValueError(f"pullback: expected g of shape {shape(y)}, got {shape(g)}")
         gradients = backward(end, g) if traced else {}
-        return map_tree(
-            lambda root: gradients[root] if root in gradients else _filled(root, 0.0), roots
-        )
+        given = {id(g)}  # arrays that somebody else holds
+
+        def own(root):
+            gradient = gradients[root] if root in gradients else _filled(root, 0.0)
+            if isinstance(gradient, np.ndarray):
+                if id(gradient) in given or not gradient.flags.owndata:
+                    gradient = gradient.copy()  # a rule may have passed on what it got, or a view
+                given.add(id(gradient))
+            return gradient
+
+        return map_tree(own, roots)
 
     return y, pullback
 
