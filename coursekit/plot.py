@@ -18,12 +18,12 @@ from coursekit import _check
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
 STYLE: dict[Any, Any] = {
-    "figure.figsize": (6.4, 3.8),
+    "figure.figsize": (6.2, 3.9),
     "figure.dpi": 110,
     "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
     "savefig.facecolor": "white",
-    "font.size": 11,
+    "font.size": 13,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
