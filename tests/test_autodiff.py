@@ -468,6 +468,11 @@ ERRORS = {
         ValueError,
         "expected argument 1, got 1 arguments",
     ),
+    "missing argument of a jacobian": (
+        lambda: ad.jacobian(ad.sin, 2)(1.0),
+        ValueError,
+        "jacobian: expected argument 2, got 1 arguments",
+    ),
     "tangent shape": (
         lambda: ad.jvp(ad.sin, np.ones(3), np.ones(2)),
         ValueError,

@@ -92,6 +92,14 @@ def vjp(f: Callable, x: Any) -> tuple[Any, Callable]:
     return y, pullback
 
 
+def _in_one_argument(name: str, f: Callable, argnum: int, args: tuple, kwargs: dict) -> tuple:
+    """Return ``f`` as a function of one of its arguments, and the value of that argument."""
+    if not -len(args) <= argnum < len(args):
+        raise ValueError(f"{name}: expected argument {argnum}, got {len(args)} arguments")
+    at = argnum % len(args)
+    return lambda x: f(*args[:at], x, *args[at + 1 :], **kwargs), args[at]
+
+
 def value_and_grad(f: Callable, argnum: int = 0) -> Callable:
     """Return the function that computes a scalar function and its gradient in one sweep each way.
 
@@ -114,13 +122,7 @@ def value_and_grad(f: Callable, argnum: int = 0) -> Callable:
 
     @functools.wraps(f)
     def both(*args, **kwargs):
-        if not -len(args) <= argnum < len(args):
-            raise ValueError(f"grad: expected argument {argnum}, got {len(args)} arguments")
-
-        def of_one(x):
-            return f(*[x if i == argnum % len(args) else a for i, a in enumerate(args)], **kwargs)
-
-        y, pullback = vjp(of_one, args[argnum])
+        y, pullback = vjp(*_in_one_argument("grad", f, argnum, args, kwargs))
         if shape(y) != ():
             raise ValueError(
                 f"grad: expected f to return a scalar, got shape {shape(y)}; "
@@ -253,10 +255,8 @@ def jacobian(f: Callable, argnum: int = 0, mode: str = "reverse") -> Callable:
 
     @functools.wraps(f)
     def matrix(*args, **kwargs):
-        def of_one(x):
-            return f(*[x if i == argnum % len(args) else a for i, a in enumerate(args)], **kwargs)
-
-        x = _input("jacobian", args[argnum])
+        of_one, x = _in_one_argument("jacobian", f, argnum, args, kwargs)
+        x = _input("jacobian", x)
         if mode == "reverse":
             y, pullback = vjp(of_one, x)
             rows = [pullback(e) for e in _basis(y)]
