@@ -100,7 +100,7 @@ def claim(
     outcome = _outcome(numbers)
     line = f"{id:31} {_sentence(numbers)}   {'holds' if outcome else 'does not hold'}"
     print(line)
-    record: dict[str, Any] = {k: None if x is None else _rounded(x) for k, x in numbers.items()}
+    record = _rounded(numbers)
     record |= {"over": over, "source": source, "verdict": "holds" if outcome else "does not hold"}
     _publish(id, {CLAIM: {"id": id} | record, f"{GLUE}text/plain": repr(record["value"])})
     if outcome != holds:
@@ -128,8 +128,15 @@ def _outcome(n: dict[str, Any]) -> bool:
     )
 
 
-def _rounded(x: int | float) -> int | float:
-    return float(f"{x:.{DIGITS}g}") if isinstance(x, float) else x
+def _rounded(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Round what is stored, with more digits where rounding would contradict the verdict."""
+    for digits in range(DIGITS, 18):
+        rounded = {
+            k: float(f"{x:.{digits}g}") if isinstance(x, float) else x for k, x in numbers.items()
+        }
+        if _outcome(rounded) == _outcome(numbers):
+            break
+    return rounded
 
 
 def _sentence(n: dict[str, Any]) -> str:
@@ -140,7 +147,7 @@ def _sentence(n: dict[str, Any]) -> str:
     if n["expect"] is not None:
         near = _text(n["expect"], lambda shown: abs(shown - n["expect"]) <= n["within"] / 100)
         said.append(f"{near} ± {n['within']:g}")
-    said += [f"{sign} {n[k]:g}" for k, sign in BOUNDS.items() if n[k] is not None]
+    said += [f"{sign} {n[k]:.10g}" for k, sign in BOUNDS.items() if n[k] is not None]
     return f"{value}{spread}   expected {' and '.join(said)}"
 
 
@@ -203,6 +210,8 @@ def _stacked(name: str, values: list[Any]) -> np.ndarray:
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
         raise ValueError(f"run_seeds: expected one shape of {name}, got {sorted(shapes)}")
+    if any(array.dtype == object for array in arrays):
+        raise ValueError(f"run_seeds: expected {name} as numbers, got {values[0]!r}")
     return np.stack(arrays)
 
 
@@ -313,7 +322,7 @@ class Record:
         """
         path = Path(path)
         try:
-            text = json.dumps(asdict(self), indent=2, allow_nan=False)
+            text = json.dumps(asdict(self), indent=2, allow_nan=False, default=lambda x: x.item())
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"Record {self.study}: expected what JSON can hold: {error}"

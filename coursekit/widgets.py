@@ -131,9 +131,10 @@ def frames(
     html = PAGE.format(
         id=f"ck-frames-{name}", label=escape(label), count=len(parts), frames="\n".join(parts)
     )
-    if len(html) > LIMIT:
+    size = len(html.encode())
+    if size > LIMIT:
         raise ValueError(
-            f"frames: expected at most {LIMIT:,} bytes, got {len(html):,}: draw fewer or smaller"
+            f"frames: expected at most {LIMIT:,} bytes, got {size:,}: draw fewer or smaller"
         )
     return Frames(html, f"Interactive figure {name}: {label}, {len(parts)} frames")
 

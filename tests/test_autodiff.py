@@ -1,6 +1,7 @@
 """The engine of coursekit.autodiff: values by hand, parity with torch, planted bugs, bad input."""
 
 import re
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -47,6 +48,11 @@ CASES = {
     "where": (lambda x: ad.where(x > 0.1, x**2, x[0] ** 3), MATRIX),
     "reshape": (lambda x: ad.reshape(x, (2, 6)) ** 2, MATRIX),
     "transpose": (lambda x: ad.transpose(x.reshape(3, 2, 2), (2, 0, 1)) ** 2 + x[0, 0], MATRIX),
+    "transpose, negative axes": (
+        lambda x: ad.transpose(ad.stack(x, x**2), (-1, 0, 1)) ** 3,
+        MATRIX,
+    ),
+    "sum, axis by position": (lambda x: np.sum(x**2, 0) * ad.mean(x, 0) * ad.max(x, 0), MATRIX),
     "broadcast_to": (lambda x: ad.broadcast_to(x, (2, 3, 4)) ** 2, MATRIX),
     "getitem": (lambda x: x[np.array([0, 0, 2]), 1:3] ** 2, MATRIX),
     "putitem": (lambda x: primitives.putitem(x, np.array([0, 0, 2]), (5, 4)) ** 2, MATRIX),
@@ -71,7 +77,7 @@ def test_every_primitive_agrees_with_differences_to_second_order(name):
 
 
 def test_no_primitive_is_left_out_of_the_table():
-    names = {n for n, f in vars(primitives).items() if hasattr(f, "vjp") and not n.startswith("_")}
+    names = {n for n, f in vars(primitives).items() if hasattr(f, "vjp") and n[0] != "_"}
     assert names <= CASES.keys()
     assert names >= {"exp", "matmul", "relu", "cross_entropy", "putitem"}
 
@@ -227,14 +233,20 @@ def test_broadcasting_is_undone_for_any_shapes(shape, keep):
         a if a == b else 1 for a, b in zip(small, shape[len(shape) - len(small) :], strict=True)
     )
     x, y = np.ones(small), np.full(shape, 2.0)
+    x, y = RNG.normal(size=x.shape), RNG.normal(size=y.shape)
     gradient = ad.grad(lambda x: ad.sum(x * y))(x)
     assert gradient.shape == x.shape
-    np.testing.assert_allclose(gradient, 2 * y.size / x.size)
+    tx = torch.tensor(x, requires_grad=True)
+    (tx * torch.tensor(y)).sum().backward()
+    np.testing.assert_allclose(gradient, tx.grad.numpy(), atol=1e-12)
 
 
 def test_derivatives_nest_without_confusing_their_variables():
     inner = lambda x: ad.grad(lambda y: x * y)(1.0)
     assert ad.grad(inner)(3.0) == 1.0
+    assert ad.grad(lambda x: ad.grad(lambda y: y * x)(1.0))(3.0) == 1.0
+    assert ad.grad(lambda x: ad.value_and_grad(lambda y: x * x)(1.0)[0])(3.0) == 6.0
+    assert ad.jvp(lambda x: ad.jvp(lambda y: x * x, 1.0, 1.0)[1], 3.0, 1.0) == (0.0, 0.0)
     assert ad.grad(lambda x: x * inner(x))(3.0) == 6.0
     assert ad.jvp(lambda x: x * ad.jvp(lambda y: x + y, 1.0, 1.0)[1], 2.0, 1.0)[1] == 1.0
     assert ad.jvp(lambda x: x * ad.grad(lambda y: x * y**2)(x), 2.0, 1.0)[1] == 6 * 2.0**2
@@ -264,6 +276,14 @@ def test_gradients_belong_to_the_caller():
     one, two = ad.grad(lambda p: ad.sum(p[0] + p[1]))((np.ones(3), np.ones(3)))
     one *= 5  # neither read-only nor shared
     np.testing.assert_array_equal(two, np.ones(3))
+    one, two = ad.grad(lambda p: ad.sum((p[0] + p[1]) ** 2))((np.ones(3), np.ones(3)))
+    assert one is not two
+    v = np.ones(3)
+    tangent = ad.jvp(lambda x: x, np.ones(3), v)[1]
+    tangent *= 5
+    product = ad.hvp(lambda x: ad.sum(x) ** 2, np.ones(3), v)
+    product *= 5
+    np.testing.assert_array_equal(v, np.ones(3))
     g = np.ones(3)
     back = ad.vjp(lambda x: x, np.ones(3))[1](g)
     back += 1
@@ -306,6 +326,40 @@ def test_sigmoid_and_logsumexp_never_overflow(x):
     with np.errstate(over="raise", invalid="raise"):
         assert 0 <= ad.sigmoid(x) <= 1
         assert np.isfinite(ad.grad(lambda x: ad.logsumexp(x))(np.array([x, 10 * x]))).all()
+
+
+def test_conventions_at_the_edges_are_those_of_torch():
+    assert ad.grad(lambda x: x**0)(0.0) == ad.grad(lambda x: x**0.0)(0.0) == 0.0
+    np.testing.assert_array_equal(
+        ad.grad(lambda x: ad.sum(x ** np.array([0.0, 1.0, 2.0])))(np.zeros(3)), [0, 1, 0]
+    )
+    assert ad.grad(lambda n: 0.0**n)(2.0) == 0.0
+    assert ad.grad(lambda n: ad.sum(np.zeros(2) ** n))(2.0) == 0.0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        assert np.isnan(ad.grad(lambda n: (-2.0) ** n)(3.0))
+        assert np.isnan(ad.grad(lambda n: ad.sum(np.array([-2.0]) ** n))(3.0))
+        assert ad.grad(lambda x: ad.sqrt(ad.where(x > 0, x, 0.0)))(-1.0) == 0.0
+    mixed = ad.grad(lambda x: ad.sum(ad.where(np.array([0, 1, 2]), x, -x)))(np.ones(3))
+    np.testing.assert_array_equal(mixed, [-1, 1, 1])
+    with np.errstate(divide="ignore"):
+        assert ad.logsumexp(np.full(2, -np.inf)) == -np.inf
+    assert ad.logsumexp(np.array([np.inf, 1.0])) == np.inf
+    assert ad.jvp(lambda x: ad.logsumexp(ad.stack(x, -np.inf)), 1.0, 1.0)[1] == 1.0
+    np.testing.assert_allclose(ad.softmax(np.array([1e4, 0.0])), [1, 0])
+
+
+def test_results_that_are_plain_numbers_or_empty_are_differentiated():
+    assert ad.grad(lambda x: 5.0)(1.0) == 0.0
+    assert ad.vjp(lambda x: x[0], np.ones(2))[1](1.0).tolist() == [1.0, 0.0]
+    assert ad.grad(lambda x: ad.sum(ad.mean(x, axis=1)))(np.ones((0, 3))).shape == (0, 3)
+    Point = namedtuple("Point", "x y")
+    slope = ad.grad(lambda p: p.x * p.y)(Point(2.0, 3.0))
+    assert slope == Point(3.0, 2.0)
+
+
+def test_a_gradient_has_the_precision_of_its_input():
+    x = np.ones(2, dtype=np.float32)
+    assert ad.grad(lambda x: ad.sum(x * np.float64(2)))(x).dtype == np.float32
 
 
 @pytest.mark.covers("A3")
@@ -365,8 +419,9 @@ def test_a_checkpoint_refuses_what_it_cannot_see():
     hidden = lambda w: ad.checkpoint(lambda x: ad.sum(x * w))(np.ones(2))
     with pytest.raises(RuntimeError, match=r"checkpoint: f depends on a traced value"):
         ad.grad(hidden)(np.ones(2))
-    with pytest.raises(TypeError, match=r"expected arrays as arguments, got a tuple"):
-        ad.grad(lambda p: ad.checkpoint(lambda q: ad.sum(q[0]))(p))((np.ones(2),))
+    for kind, tree in (("tuple", (np.ones(2),)), ("list", [np.ones(2)]), ("dict", {0: np.ones(2)})):
+        with pytest.raises(TypeError, match=f"expected arrays as arguments, got a {kind}"):
+            ad.grad(lambda p: ad.checkpoint(lambda q: ad.sum(q[0]))(p))(tree)
 
 
 # --- planted bugs: each must be noticed by the checks above ---
@@ -419,6 +474,15 @@ def test_check_grads_notices_a_rule_that_is_wrong_at_second_order_only():
     slope = lambda x: np.asarray(2 * ad.value_of(x))  # right value, cut out of the graph
     ad.defvjp(double, lambda g, ans, x: g * slope(x))
     ad.defjvp(double, lambda t, ans, x: t * slope(x))
+    ad.check_grads(double, np.array([1.0, 2.0]), order=1)
+    with pytest.raises(AssertionError, match="order 2"):
+        ad.check_grads(double, np.array([1.0, 2.0]), order=2)
+
+
+def test_check_grads_notices_a_forward_rule_that_leaves_the_graph():
+    double = ad.primitive(lambda x: x**2)
+    ad.defvjp(double, lambda g, ans, x: g * 2 * x)
+    ad.defjvp(double, lambda t, ans, x: t * 2 * ad.value_of(x))
     ad.check_grads(double, np.array([1.0, 2.0]), order=1)
     with pytest.raises(AssertionError, match="order 2"):
         ad.check_grads(double, np.array([1.0, 2.0]), order=2)
@@ -543,6 +607,32 @@ ERRORS = {
         "expected float64, got float32",
     ),
     "draw a number": (lambda: ad.draw(1.0), TypeError, "expected a Node, got float"),
+    "labels that are a mask": (
+        lambda: ad.cross_entropy(np.ones((2, 3)), [True, False]),
+        TypeError,
+        "expected integer labels, got bool",
+    ),
+    "a negative label": (
+        lambda: ad.cross_entropy(np.ones((2, 3)), [0, -1]),
+        ValueError,
+        "expected labels in 0 … 2",
+    ),
+    "no labels": (
+        lambda: ad.cross_entropy(np.ones((0, 3)), np.zeros(0, int)),
+        ValueError,
+        "expected labels in 0 … 2",
+    ),
+    "a bias that does not fit": (
+        lambda: ad.affine(np.ones((1, 3)), np.ones((3, 2)), np.ones((4, 2))),
+        ValueError,
+        r"affine: expected b of shape \(2,\), got \(4, 2\)",
+    ),
+    "iterating a number": (lambda: ad.grad(lambda x: sum(v for v in x))(3.0), TypeError, "len"),
+    "complex numbers": (
+        lambda: ad.grad(lambda x: abs(x * 1j) ** 2)(2.0),
+        TypeError,
+        "complex",
+    ),
     "labels out of range": (
         lambda: ad.cross_entropy(np.ones((2, 3)), [0, 3]),
         ValueError,
@@ -580,6 +670,14 @@ def test_a_drawing_reads_out_every_node_and_is_the_same_each_time():
     assert alt.endswith("1 / · = 0.8176")
     assert picture.count("<rect") == 5
     assert picture.count("fill-opacity") == 1
+
+
+def test_a_drawing_tells_nodes_of_equal_value_apart_and_takes_arrays():
+    a, b = ad.Node(2.0), ad.Node(2.0)
+    assert ad.draw(a * b, highlight=[a]).count("fill-opacity") == 1
+    picture = ad.draw(ad.exp(ad.Node(np.ones((2, 3)))[0, 1:]) * 2)
+    assert "array 2×3" in picture
+    assert "getitem(·, …)" in picture
 
 
 def test_a_drawing_escapes_what_is_not_markup():

@@ -425,3 +425,35 @@ def test_a_broken_record_is_refused_with_its_path_and_what_is_wrong(tmp_path, sp
 def test_a_record_that_is_not_there_is_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"trees\.json"):
         Record.load(tmp_path / "trees.json")
+
+
+def test_a_stored_claim_never_contradicts_its_verdict(monkeypatch):
+    stored = {}
+    monkeypatch.setattr(experiment, "_publish", lambda name, bundle: stored.update(bundle))
+    experiment.claim("a/b", 0.9499999, at_least=0.95, holds=False)
+    assert stored[experiment.CLAIM]["value"] < 0.95
+
+
+def test_bounds_are_printed_with_all_their_digits(capsys):
+    experiment.claim("a/b", 1_234_568.0, at_least=1_234_567.0)
+    assert ">= 1234567" in capsys.readouterr().out
+
+
+def test_runs_that_return_no_numbers_are_refused():
+    with pytest.raises(ValueError, match="run_seeds: expected the result as numbers, got None"):
+        experiment.run_seeds(lambda seed: None)
+
+
+def test_a_record_takes_numbers_of_numpy(tmp_path):
+    record = experiment.Record(
+        study="a/b",
+        config={"width": np.int64(3)},
+        seeds=[0],
+        values={"error": [np.float32(0.5)]},
+        selection="none",
+        tier="subset",
+        wall_s=1.0,
+        command="true",
+    )
+    record.save(tmp_path / "r.json")
+    assert experiment.Record.load(tmp_path / "r.json").config == {"width": 3}

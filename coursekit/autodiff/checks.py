@@ -18,7 +18,7 @@ def _dot(a: Any, b: Any) -> Any:
 
 
 def _one_order_up(f: Callable, u: Any, w: Any) -> Callable:
-    return lambda x: _dot(vjp(f, x)[1](u), w)
+    return lambda x: _dot(vjp(f, x)[1](u), w) + 2 * _dot(jvp(f, x, w)[1], u)
 
 
 def check_grads(
@@ -34,7 +34,8 @@ def check_grads(
 
     Along one random direction ``v`` and against one random covector ``u``, reverse mode's
     ⟨uᵀJ, v⟩, forward mode's ⟨u, Jv⟩ and ⟨u, f(x + hv) − f(x − hv)⟩/2h must agree. Then the function
-    ⟨uᵀJ(x), w⟩ with a random ``w`` is checked in the same way, which checks the Hessian.
+    ⟨uᵀJ(x), w⟩ + 2⟨u, J(x)w⟩ with a random ``w``, in which each mode computes one term, is checked
+    in the same way, which checks the Hessian.
 
     Parameters
     ----------

@@ -36,6 +36,7 @@ class Tracer:
     __eq__ = lambda self, other: value_of(self) == value_of(other)
     __ne__ = lambda self, other: value_of(self) != value_of(other)
     __bool__ = lambda self: bool(value_of(self))
+    __iter__ = lambda self: (self[i] for i in range(len(self)))
     __len__ = lambda self: len(value_of(self))
 
     def __float__(self):
@@ -103,7 +104,7 @@ class Node(Tracer):
     __slots__ = ("call", "fun", "parents")
 
     def __init__(self, value, fun=None, parents=(), call=((), {}, ()), level=0):
-        if fun is None and not isinstance(value, np.ndarray | Tracer):
+        if not isinstance(value, np.ndarray | np.generic | Tracer):
             value = np.asarray(value)[()]
         self.value, self.fun, self.parents, self.call, self.level = value, fun, parents, call, level
 
@@ -202,6 +203,7 @@ def primitive(fun: Callable) -> Callable:
         value = traced(*values, **kwargs)
         return type(top).record(traced, value, args, values, kwargs, argnums, level)
 
+    traced.__name__ = fun.__name__.lstrip("_")
     traced.vjp = traced.jvp = None  # type: ignore[attr-defined]
     return traced
 
@@ -226,8 +228,10 @@ def defvjp(fun: Callable, *rules: Callable | None) -> None:
         for i in argnums:
             if i >= len(rules) or rules[i] is None:
                 raise NotImplementedError(f"grad: {fun.__name__} has no rule for argument {i}")
-            gradient = rules[i](g, node.value, *args, **kwargs)
-            gradients.append(unbroadcast(gradient, shape(args[i]), fun.__name__))
+            gradient, to = rules[i](g, node.value, *args, **kwargs), shape(args[i])
+            if shape(gradient) != to:
+                gradient = unbroadcast(gradient, to, fun.__name__)
+            gradients.append(gradient)
         return gradients
 
     fun.vjp = vjp  # type: ignore[attr-defined]
@@ -279,9 +283,9 @@ def unbroadcast(g: Any, to: tuple[int, ...], name: str = "unbroadcast") -> Any:
         When ``to`` cannot be broadcast to the shape of ``g``.
     """
     got = shape(g)
-    if got == to:
-        return g
     extra = len(got) - len(to)
+    if extra > 0 and got[extra:] == to:  # the usual case, a bias
+        return g.sum(axis=0 if extra == 1 else tuple(range(extra)))
     if extra < 0 or any(n not in (1, m) for n, m in zip(to, got[extra:], strict=True)):
         raise ValueError(
             f"{name}: expected a gradient that reduces to the argument's shape {to}, got {got}"
@@ -356,7 +360,8 @@ def map_tree(fun: Callable, tree: Any, *others: Any) -> Any:
     if isinstance(tree, dict):
         return {k: map_tree(fun, v, *(o[k] for o in others)) for k, v in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(map_tree(fun, *leaves) for leaves in zip(tree, *others, strict=True))
+        mapped = [map_tree(fun, *leaves) for leaves in zip(tree, *others, strict=True)]
+        return type(tree)(*mapped) if hasattr(tree, "_fields") else type(tree)(mapped)
     return fun(tree, *others)
 
 

@@ -63,6 +63,7 @@ def draw(
     if not isinstance(end, Node):
         raise TypeError(f"draw: expected a Node, got {type(end).__name__}")
     names, notes = names or {}, notes or {}
+    highlight, hide = set(highlight), set(hide)  # by identity: `==` on nodes compares values
     order = list(toposort(end))[::-1]
     place = _layout(order)
     text = {node: _label(node, names, "?" if node in hide else _short(node)) for node in order}
@@ -85,12 +86,15 @@ def draw(
 def _layout(order: list[Node]) -> dict[Node, tuple[int, int]]:
     """Put each node below its lowest parent and, where it fits, under the middle of its parents."""
     row: dict[Node, int] = {}
+    users: dict[Node, list[Node]] = {node: [] for node in order}
+    for node in order:
+        for parent in dict.fromkeys(node.parents):
+            users[parent].append(node)
     for node in order:
         row[node] = 1 + max((row[p] for p in node.parents), default=-1)
     for node in reversed(order):  # an input stands just above its first use
-        users = [row[n] for n in order if node in n.parents]
-        if not node.parents and users:
-            row[node] = min(users) - 1
+        if not node.parents and users[node]:
+            row[node] = min(row[n] for n in users[node]) - 1
     at: dict[Node, float] = {}
     for r in range(max(row.values()) + 1):
         wished = [(_middle(n.parents, at), i, n) for i, n in enumerate(order) if row[n] == r]
@@ -99,11 +103,11 @@ def _layout(order: list[Node]) -> dict[Node, tuple[int, int]]:
             at[node] = max(wish, free)
             free = at[node] + WIDTH + GAP_X
     for node in order:  # an input used once moves over its user, where there is room
-        used_by = [n for n in order if node in n.parents]
         beside = [at[n] for n in order if row[n] == row[node] and n is not node]
-        if not node.parents and len(used_by) == 1:
-            if all(abs(at[used_by[0]] - other) >= WIDTH + GAP_X for other in beside):
-                at[node] = at[used_by[0]]
+        if not node.parents and len(users[node]) == 1:
+            above = at[users[node][0]]
+            if all(abs(above - other) >= WIDTH + GAP_X for other in beside):
+                at[node] = above
     return {n: (1 + round(at[n]), 1 + row[n] * (HEIGHT + GAP_Y)) for n in order}
 
 
@@ -135,6 +139,8 @@ def _label(node: Node, names: Mapping[Node, str], value: str) -> str:
 
 def _short(x: Any) -> str:
     x = value_of(x)
+    if isinstance(x, tuple | slice | list):
+        return "…"
     if np.ndim(x):
         return "array " + "×".join(map(str, np.shape(x)))
     return f"{x:.4g}".replace("-", "−") if isinstance(x, float | int | np.ndarray) else str(x)

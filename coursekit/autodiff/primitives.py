@@ -52,8 +52,8 @@ def _one_less(n):
 
 def _log_or_0(x):
     if isinstance(x, int | float):  # stays a Python number, so that float32 stays float32
-        return float(np.log(x)) if x > 0 else 0.0
-    return log(where(value_of(x) > 0, x, 1.0))
+        return float(np.log(x)) if x else 0.0
+    return log(where(value_of(x) == 0, 1.0, x))
 
 
 power = elementwise(
@@ -79,16 +79,15 @@ def _sigmoid(x):
     return np.where(x >= 0, 1.0, e) / (1 + e)
 
 
-_sigmoid.__name__ = "sigmoid"
 sigmoid = elementwise(_sigmoid, lambda g, ans, x: g * (ans * (1 - ans)))
 
 
-# --- kinks: the derivative at the kink is a choice, and these are PyTorch's ---
+# --- kinks: the derivative at the kink is a choice, and these are PyTorch's. A mask multiplies,
+# which is faster than selecting; the price is that an infinite message to a masked entry is nan.
 def _relu(x):
     return np.maximum(x, 0)
 
 
-_relu.__name__ = "relu"
 relu = elementwise(_relu, lambda g, ans, x: g * (value_of(x) > 0))  # 0 at 0
 
 
@@ -107,8 +106,8 @@ minimum = elementwise(
 where: Any = elementwise(
     np.where,
     None,
-    lambda g, ans, condition, x, y: g * condition,
-    lambda g, ans, condition, x, y: g * np.logical_not(condition),
+    lambda g, ans, condition, x, y: where(condition, g, 0.0),
+    lambda g, ans, condition, x, y: where(condition, 0.0, g),
 )
 
 
@@ -124,7 +123,9 @@ def linear(fun, rule) -> Any:
 reshape: Any = linear(np.reshape, lambda g, ans, x, to: reshape(g, shape(x)))
 transpose: Any = linear(
     np.transpose,
-    lambda g, ans, x, axes=None: transpose(g, None if axes is None else np.argsort(axes)),
+    lambda g, ans, x, axes=None: transpose(
+        g, None if axes is None else np.argsort(np.mod(axes, len(axes)))
+    ),
 )
 broadcast_to = linear(np.broadcast_to, lambda g, ans, x, to: g)  # the engine sums it back
 
@@ -139,7 +140,6 @@ def _putitem(g, index, to):
     return out
 
 
-_getitem.__name__, _putitem.__name__ = "getitem", "putitem"
 getitem = linear(_getitem, lambda g, ans, x, index: putitem(g, index, shape(x)))
 putitem: Any = linear(_putitem, lambda g, ans, x, index, to: getitem(g, index))
 
@@ -152,29 +152,32 @@ def _kept(x, axis):
     return tuple(1 if i in axes else n for i, n in enumerate(to))
 
 
-def _repeat(g, x, axis=None, keepdims=False):
+def _repeat(g, x, axis):
     return broadcast_to(reshape(g, _kept(x, axis)), shape(x))
 
 
-sum = linear(np.sum, lambda g, ans, x, **axes: _repeat(g, x, **axes))
+sum = linear(np.sum, lambda g, ans, x, axis=None, *, keepdims=False: _repeat(g, x, axis))
 mean = linear(
     np.mean,
-    lambda g, ans, x, **axes: _repeat(g, x, **axes) / (value_of(x).size // value_of(ans).size),
+    lambda g, ans, x, axis=None, *, keepdims=False: (
+        _repeat(g, x, axis) / (value_of(x).size // (value_of(ans).size or 1))
+    ),
 )
 
 
 def _logsumexp(x, axis=None, keepdims=False):
     x = np.asanyarray(x)
     highest = x.max(axis=axis, keepdims=True)  # so that exp cannot overflow
+    highest = np.where(np.isfinite(highest), highest, x.dtype.type(0))
     out = np.log(np.exp(x - highest).sum(axis=axis, keepdims=True)) + highest
     return out if keepdims else np.squeeze(out, axis=axis)
 
 
-def _softmax(ans, x, axis=None, keepdims=False):
+def _softmax(ans, x, axis):
     return exp(x - reshape(ans, _kept(x, axis)))
 
 
-def _argmax(ans, x, axis=None, keepdims=False):
+def _argmax(ans, x, axis):
     x, kept = value_of(x), np.reshape(value_of(ans), _kept(x, axis))
     top = (x == kept).astype(x.dtype)
     return top / np.sum(top, axis=axis, keepdims=True)  # a tie is shared, as in torch.amax
@@ -183,15 +186,18 @@ def _argmax(ans, x, axis=None, keepdims=False):
 def weighted(fun, weights) -> Any:
     """Register a reduction whose gradient is a field of weights."""
     traced = register(fun)
-    defvjp(
-        traced,
-        lambda g, ans, x, **axes: reshape(g, _kept(x, axes.get("axis"))) * weights(ans, x, **axes),
-    )
-    defjvp(traced, lambda t, ans, x, **axes: sum(t * weights(ans, x, **axes), **axes))
+
+    def vjp(g, ans, x, axis=None, *, keepdims=False):
+        return reshape(g, _kept(x, axis)) * weights(ans, x, axis)
+
+    def jvp(t, ans, x, axis=None, *, keepdims=False):
+        return sum(t * weights(ans, x, axis), axis, keepdims=keepdims)
+
+    defvjp(traced, vjp)
+    defjvp(traced, jvp)
     return traced
 
 
-_logsumexp.__name__ = "logsumexp"
 logsumexp = weighted(_logsumexp, _softmax)
 max = weighted(np.max, _argmax)
 
@@ -236,10 +242,12 @@ defjvp(matmul, lambda t, ans, x, y: matmul(t, y), lambda t, ans, x, y: matmul(x,
 def _affine(x, w, b):
     """Return x @ w + b with one new array instead of two."""
     out = np.matmul(x, w)
-    return np.add(out, b, out=out) if np.shape(b) == out.shape[-1:] else out + b
+    if np.shape(b) != np.shape(out)[-1:]:
+        raise ValueError(f"affine: expected b of shape {np.shape(out)[-1:]}, got {np.shape(b)}")
+    fits = isinstance(out, np.ndarray) and np.result_type(out, b) == out.dtype
+    return np.add(out, b, out=out) if fits else out + b
 
 
-_affine.__name__ = "affine"
 affine = register(_affine)
 defvjp(
     affine,
@@ -259,11 +267,13 @@ def _stack(*arrays):
     return np.stack(arrays)
 
 
-_stack.__name__ = "stack"
 stack: Any = primitive(_stack)  # any number of arguments, so its rules are written out
 stack.vjp = lambda g, node: [g[i] for i in node.call[2]]
 stack.jvp = lambda tangents, ans, args, kwargs, argnums: stack(
-    *[tangents[argnums.index(i)] if i in argnums else ans[i] * 0 for i in range(len(args))]
+    *[
+        tangents[argnums.index(i)] if i in argnums else np.zeros_like(value_of(ans[i]))
+        for i in range(len(args))
+    ]
 )
 
 
@@ -301,6 +311,8 @@ def _cross_entropy(logits, labels):
             "cross_entropy: expected logits of shape (batch, classes) and labels of shape "
             f"(batch,), got {got} and {labels.shape}"
         )
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"cross_entropy: expected integer labels, got {labels.dtype}")
     if labels.size == 0 or labels.min() < 0 or labels.max() >= got[1]:
         raise ValueError(f"cross_entropy: expected labels in 0 … {got[1] - 1}, got {labels}")
     right = logits[np.arange(len(labels)), labels]
@@ -313,7 +325,6 @@ def _residual(logits, labels):
     return (softmax(logits) - onehot) / len(labels)
 
 
-_cross_entropy.__name__ = "cross_entropy"
 cross_entropy = register(_cross_entropy)
 defvjp(cross_entropy, lambda g, ans, logits, labels: g * _residual(logits, labels))
 defjvp(cross_entropy, lambda t, ans, logits, labels: sum(t * _residual(logits, labels)))

@@ -13,6 +13,7 @@ from coursekit.autodiff.core import (
     Node,
     Tracer,
     backward,
+    leaves,
     map_tree,
     new_level,
     primitive,
@@ -33,7 +34,16 @@ def _input(name: str, x: Any) -> Any:
 def _output(name: str, y: Any) -> Any:
     if isinstance(y, list | tuple | dict) or y is None:
         raise TypeError(f"{name}: expected f to return one array, got {type(y).__name__}")
-    return y
+    return y if isinstance(y, Tracer) else np.asarray(y)[()]
+
+
+def _owned(x: Any, held: set[int]) -> Any:
+    """Return ``x``, or a copy if it is a view or an array that somebody else holds."""
+    if isinstance(x, np.ndarray):
+        if id(x) in held or not x.flags.owndata:
+            x = x.copy()
+        held.add(id(x))
+    return x
 
 
 def _filled(x: Any, number: float) -> Any:
@@ -74,20 +84,21 @@ def vjp(f: Callable, x: Any) -> tuple[Any, Callable]:
     y = end.value if traced else end
 
     def pullback(g):
+        g = g if isinstance(g, Tracer) else np.asarray(g, dtype=value_of(y).dtype)[()]
         if shape(g) != shape(y):
             raise ValueError(f"pullback: expected g of shape {shape(y)}, got {shape(g)}")
         gradients = backward(end, g) if traced else {}
-        given = {id(g)}  # arrays that somebody else holds
+        held = {id(g)}  # a rule may have passed on what it got
 
-        def own(root):
+        def of_root(root):
             gradient = gradients[root] if root in gradients else _filled(root, 0.0)
-            if isinstance(gradient, np.ndarray):
-                if id(gradient) in given or not gradient.flags.owndata:
-                    gradient = gradient.copy()  # a rule may have passed on what it got, or a view
-                given.add(id(gradient))
-            return gradient
+            if gradient.dtype != root.dtype and not isinstance(
+                gradient, Tracer
+            ):  # complex numbers are refused, precision is kept
+                gradient = gradient.astype(root.dtype, casting="same_kind")
+            return _owned(gradient, held)
 
-        return map_tree(own, roots)
+        return map_tree(of_root, roots)
 
     return y, pullback
 
@@ -183,7 +194,7 @@ def jvp(f: Callable, x: Any, v: Any) -> tuple[Any, Any]:
 
     Source: Griewank and Walther (2008), section 3.1. Curriculum: A7.
     """
-    level = new_level()
+    level, held = new_level(), {id(t) for t in leaves(v)}
 
     def dual(a, t):
         a = _input("jvp", a)
@@ -197,7 +208,7 @@ def jvp(f: Callable, x: Any, v: Any) -> tuple[Any, Any]:
     def part(name):
         def pick(y):
             if isinstance(y, Dual) and y.level == level:
-                return getattr(y, name)
+                return _owned(getattr(y, name), held)
             return y if name == "value" else _filled(y, 0.0)
 
         return map_tree(pick, out)
