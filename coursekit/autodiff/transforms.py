@@ -34,7 +34,7 @@ def _input(name: str, x: Any) -> Any:
 def _output(name: str, y: Any) -> Any:
     if isinstance(y, list | tuple | dict) or y is None:
         raise TypeError(f"{name}: expected f to return one array, got {type(y).__name__}")
-    return y if isinstance(y, Tracer) else np.asarray(y)[()]
+    return y if isinstance(y, Tracer) else np.asanyarray(y)[()]
 
 
 def _owned(x: Any, held: set[int]) -> Any:
@@ -84,7 +84,7 @@ def vjp(f: Callable, x: Any) -> tuple[Any, Callable]:
     y = end.value if traced else end
 
     def pullback(g):
-        g = g if isinstance(g, Tracer) else np.asarray(g, dtype=value_of(y).dtype)[()]
+        g = g if isinstance(g, Tracer) else np.asanyarray(g, dtype=value_of(y).dtype)[()]
         if shape(g) != shape(y):
             raise ValueError(f"pullback: expected g of shape {shape(y)}, got {shape(g)}")
         gradients = backward(end, g) if traced else {}
