@@ -1,10 +1,12 @@
 """What every test gets: one thread a process, no network, shapes enforced, one device list."""
 
+import ast
 import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+BUDGET = 4500  # lines of code in the package
 
 # Before torch or numpy is imported: two threads on two busy cores are many times slower than one.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -36,6 +38,24 @@ settings.load_profile("coursekit")
 def package_files():
     """Every source file of the package, sorted."""
     return sorted((ROOT / "coursekit").rglob("*.py"))
+
+
+def lines_of_code(source):
+    """Number of lines that hold code: no blank line, comment or docstring.
+
+    Shapes, sources and worked examples are not to compete with code for room.
+    """
+    documented = set()
+    for node in ast.walk(ast.parse(source)):
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
+            documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return sum(
+        number not in documented and bool(line.strip()) and not line.strip().startswith("#")
+        for number, line in enumerate(source.splitlines(), start=1)
+    )
 
 
 def module_name(path):
@@ -76,5 +96,5 @@ def dtype(request):
 
 def pytest_terminal_summary(terminalreporter):
     """Show the size of the package at the end of every run."""
-    lines = sum(len(p.read_text(encoding="utf-8").splitlines()) for p in package_files())
-    terminalreporter.write_line(f"coursekit has {lines:,} lines of at most 4,500")
+    lines = sum(lines_of_code(p.read_text(encoding="utf-8")) for p in package_files())
+    terminalreporter.write_line(f"coursekit has {lines:,} lines of code of at most {BUDGET:,}")
