@@ -9,6 +9,7 @@ Shared floor, used by every chapter:
 ``data``        real data sets, offline by default
 ``models``      the networks that chapters train
 ``train``       mini-batches, the training loop, independent random streams
+``curvature``   Hessian-vector products, top eigenvalue, trace, gradients of single examples
 ``experiment``  claims, seeds, records of long studies
 ``plot``        figures legible in light and dark
 ``widgets``     interactive figures that work on a static page
