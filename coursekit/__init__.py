@@ -17,6 +17,7 @@ Shared floor, used by every chapter:
 Chapter floor, one room a chapter:
 
 ``autodiff``    reverse and forward mode on NumPy arrays
+``initialization``  where training starts, what depth does to a signal, and the theory
 """
 
 __version__ = "0.1.0"
