@@ -373,6 +373,30 @@ class Record:
         return "\n".join(lines)
 
 
+def stored(name: str) -> Record:
+    """Return a record that came with the book: from the checkout, or as installed with the package.
+
+    Parameters
+    ----------
+    name
+        Chapter and record, such as ``"optimizers/fashion_mnist_full"``.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is none of that name; the message lists those there are.
+    """
+    package = Path(__file__).parent
+    folders = [package.parent / "experiments" / "results", package / "results"]
+    for folder in folders:
+        if (folder / f"{name}.json").is_file():
+            return Record.load(folder / f"{name}.json")
+    there = {
+        p.relative_to(f).with_suffix("").as_posix() for f in folders for p in f.rglob("*.json")
+    }
+    raise FileNotFoundError(f"stored: expected name to be one of {sorted(there)}, got {name!r}")
+
+
 def _commit() -> str:
     """Return the commit of the working folder, marked when files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]

@@ -457,3 +457,20 @@ def test_a_record_takes_numbers_of_numpy(tmp_path):
     )
     record.save(tmp_path / "r.json")
     assert experiment.Record.load(tmp_path / "r.json").config == {"width": 3}
+
+
+def test_a_stored_record_is_found_by_chapter_and_name(tmp_path, monkeypatch):
+    package = tmp_path / "coursekit"
+    monkeypatch.setattr(experiment, "__file__", str(package / "experiment.py"))
+    for folder in (tmp_path / "experiments" / "results", package / "results"):
+        record().save(folder / "bagging" / f"{folder.parent.name}.json")
+    assert experiment.stored("bagging/experiments").study == "bagging/trees"  # the checkout
+    assert experiment.stored("bagging/coursekit").study == "bagging/trees"  # the installed package
+
+
+def test_a_record_that_was_not_stored_is_refused_with_the_names_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "__file__", str(tmp_path / "coursekit" / "experiment.py"))
+    record().save(tmp_path / "experiments" / "results" / "bagging" / "trees.json")
+    message = r"^stored: expected name to be one of \['bagging/trees'\], got 'bagging/tree'$"
+    with pytest.raises(FileNotFoundError, match=message):
+        experiment.stored("bagging/tree")
