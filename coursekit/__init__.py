@@ -18,6 +18,7 @@ Chapter floor, one room a chapter:
 
 ``autodiff``    reverse and forward mode on NumPy arrays
 ``initialization``  where training starts, what depth does to a signal, and the theory
+``normalization``  batch, layer, group, instance and RMS norm; the condition number
 """
 
 __version__ = "0.1.0"
