@@ -17,6 +17,7 @@ Shared floor, used by every chapter:
 Chapter floor, one room a chapter:
 
 ``autodiff``    reverse and forward mode on NumPy arrays
+``dropout``     random thinned networks, their average, and what it is on a linear model
 ``initialization``  where training starts, what depth does to a signal, and the theory
 ``normalization``  batch, layer, group, instance and RMS norm; the condition number
 """
