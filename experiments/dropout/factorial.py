@@ -14,7 +14,7 @@ weights, its own order and its own masks; all cells of one seed share them, so t
 compared in pairs. The last 1,000 training images are held out for the rule of choice; the 1,000
 test images are looked at after training only, and nothing is chosen by them.
 
-Rule of choice. For each cell the learning rate and, where there is a ball, its radius (0.25, 0.5 or 1)
+Rule of choice. For each cell the learning rate and, for a ball, its radius (0.25, 0.5 or 1)
 with the highest mean accuracy on the held-out images after the last epoch, over three tuning seeds
 that are not among the ten reported ones; the smaller rate in a tie, then the smaller radius. Rates
 lie half a decade apart, and the grid is extended until the best is inside. A run whose loss stops
