@@ -20,6 +20,7 @@ Chapter floor, one room a chapter:
 ``dropout``     random thinned networks, their average, and what it is on a linear model
 ``initialization``  where training starts, what depth does to a signal, and the theory
 ``normalization``  batch, layer, group, instance and RMS norm; the condition number
+``optimizers``  directions of a step, the classes that take it, schedules, Newton's step
 ``regularization``  penalties, projections, filters, augmentation, early stopping, averages
 """
 

@@ -269,8 +269,11 @@ def fit(
                         f"fit: expected a finite loss, got {history.step_loss[-1]} in epoch "
                         f"{epoch}, step {len(history.step_loss) - 1}; try a smaller learning rate"
                     )
-                batch_loss.backward()
-                optimizer.step()
+                if getattr(optimizer, "needs_the_loss", False):  # it differentiates twice
+                    optimizer.step(lambda graph=batch_loss: graph)
+                else:
+                    batch_loss.backward()
+                    optimizer.step()
                 if scheduler is not None:
                     scheduler.step()
                 if after_step is not None:
