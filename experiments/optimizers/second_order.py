@@ -23,8 +23,9 @@ loss after the last epoch over two tuning seeds that are not among the five repo
 half a decade apart, dampings a decade, and the grid is extended until the best pair is inside. A
 run that leaves the finite numbers counts as loss 100.
 
-Cost is time in units of plain SGD's step, forward and backward pass included, all methods taking
-turns in one process; memory counts the numbers kept between steps, in units of the weights.
+Cost is processor time in units of a step of SGD with momentum, forward and backward pass included,
+all methods taking turns in one process; memory counts the numbers kept between steps, in units of
+the weights.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ WIDTH, EPOCHS, BATCH, TARGET = 32, 10, 64, 0.1
 SEEDS, TUNING_SEEDS = (0, 1, 2, 3, 4), (100, 101)
 WINDOW = 64  # gradients that M-FAC remembers
 INVERT_EVERY, MEMORY = 5, 0.95  # of the Kronecker factors
-COST_WIDTHS = (32, 128, 512)
+WIDER = (128, 512)  # hidden layers of which the cost is measured too
 LOST = 100.0  # the loss of a run that left the finite numbers
 
 
@@ -78,14 +79,14 @@ def start(width: int, seed: int) -> Tensor:
 
 
 def forward(w: Tensor, width: int, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Return each layer's inputs, (batch, inputs + 1), and outputs, (batch, outputs)."""
+    """Return each layer's inputs, (batch, inputs + 1), without a graph, and outputs."""
     inputs, outputs = [], []
     for layer in matrices(w, width):
         if outputs:
             x = outputs[-1].relu()
         inputs.append(torch.cat([x, x.new_ones(len(x), 1)], dim=1))
         outputs.append(inputs[-1] @ layer.T)
-    return inputs, outputs
+    return [part.detach() for part in inputs], outputs
 
 
 def gradient(w: Tensor, width: int, x: Tensor, y: Tensor, **options) -> Tensor:
@@ -226,6 +227,7 @@ METHODS = {  # direction, learning rate and damping in the middle of the first g
     "kfac": (kfac, 0.1, 0.1),
     "rank1": (rank1, 0.1, 0.1),
 }
+BACKWARD_PASSES = {name: 1 + (name in ("adahessian", "kfac")) for name in METHODS}
 
 
 # ---- checks, before anything is measured ----
@@ -269,9 +271,9 @@ def check() -> None:
 
 
 def run(name: str, lr: float, damping: float | None, seed: int, epochs: int, look: bool) -> dict:
-    """Train once; with ``look`` measure the training loss after every step."""
+    """Train once; with ``look`` watch the training loss after every step."""
     x, y, x_test, y_test = data.load("digits").tensors()
-    w, state, loss = start(WIDTH, seed), {}, []
+    w, state, steps, loss = start(WIDTH, seed), {}, [], []
     order, draw = train.generator(seed, "data"), train.generator(seed, "draws")
     with torch.no_grad():
         of = lambda x, y: cross_entropy(forward(w, WIDTH, x)[1][-1], y).item()
@@ -282,17 +284,14 @@ def run(name: str, lr: float, damping: float | None, seed: int, epochs: int, loo
                     direction = METHODS[name][0](*batch, state, damping, draw)
                 w.sub_(direction, alpha=lr)
                 if look:
-                    loss.append(of(x, y))
-        final = of(x, y)
+                    steps.append(of(x, y))
+            loss.append(of(x, y))
         right = (forward(w, WIDTH, x_test)[1][-1].argmax(dim=1) == y_test).double().mean().item()
-    if not look:
-        return {"train_loss": final if final < LOST else LOST}
-    reached = [step for step, value in enumerate(loss, start=1) if value <= TARGET]
+    reached = [step for step, value in enumerate(steps, start=1) if value <= TARGET]
     return {
-        "train_loss": final,
+        "train_loss": [float(f"{value if value < LOST else LOST:.4g}") for value in loss],
         "test_accuracy": right,
-        "steps_to_target": reached[0] if reached else len(loss) + 1,
-        "train_loss_every_5_steps": [float(f"{value:.4g}") for value in loss[4::5]],
+        "steps_to_target": reached[0] if reached else len(steps) + 1,
     }
 
 
@@ -313,9 +312,8 @@ def tune(name: str, epochs: int, seeds: tuple[int, ...], reach: int) -> dict[tup
         dampings = grid(damping, range(weak, strong + 1), 1)
         for pair in itertools.product(rates, dampings):
             if pair not in sweep:
-                sweep[pair] = [
-                    run(name, *pair, seed, epochs, look=False)["train_loss"] for seed in seeds
-                ]
+                runs = [run(name, *pair, seed, epochs, look=False) for seed in seeds]
+                sweep[pair] = [one["train_loss"][-1] for one in runs]
         best_lr, best_damping = chosen(sweep)
         ends = best_lr == rates[0], best_lr == rates[-1]
         if damping is not None:
@@ -332,26 +330,26 @@ def chosen(sweep: dict[tuple, list[float]]) -> tuple:
     return min(sweep, key=lambda pair: (sum(sweep[pair]), pair[0]))
 
 
-def costs(width: int, turns: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Return time a step in units of SGD's, and numbers kept in units of the weights."""
+def costs(width: int, turns: int, seed: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Return time a step in units of momentum's, and numbers kept in units of the weights."""
     x, y, _, _ = (part[:BATCH] for part in data.load("digits").tensors())
-    w, states = start(width, 0), {name: {} for name in METHODS}
-    draw = train.generator(0, "draws")
+    w, states = start(width, seed), {name: {} for name in METHODS}
+    draw = train.generator(seed, "draws")
     times = {name: [] for name in METHODS}
     names = list(METHODS)
     warm = math.ceil(WINDOW / INVERT_EVERY)  # M-FAC's window is full from here
     for turn in range(warm + turns):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             method, _, damping = METHODS[name]
-            begin = time.perf_counter()
+            begin = time.process_time()
             for _ in range(INVERT_EVERY):
                 direction = method(w, width, x, y, states[name], damping, draw)
                 with torch.no_grad():
                     w.sub_(direction, alpha=0.0)  # the same weights for all
             if turn >= warm:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(time.process_time() - begin)
     median = {name: statistics.median(times[name]) for name in names}
-    ratios = {name: float(f"{median[name] / median['sgd']:.3g}") for name in names}
+    ratios = {name: float(f"{median[name] / median['momentum']:.3g}") for name in names}
     kept = {name: float(f"{numbers(states[name]) / len(w):.3g}") for name in names}
     return ratios, kept
 
@@ -369,11 +367,12 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="one epoch, no tuning, no record")
     smoke = parser.parse_args().smoke
     seeds, tuning_seeds = (SEEDS[:2], TUNING_SEEDS[:1]) if smoke else (SEEDS, TUNING_SEEDS)
-    epochs, widths, turns = (1, (8,), 3) if smoke else (EPOCHS, COST_WIDTHS, 200)
+    epochs, widths, turns = (1, (), 3) if smoke else (EPOCHS, WIDER, 60)
     begin = time.perf_counter()
     check()
-    measured = {width: costs(width, turns) for width in widths}
-    time_of, memory_of = measured[widths[0]]
+    measured = [costs(WIDTH, turns, seed) for seed in seeds]
+    memory_of = measured[0][1]
+    wider = {str(width): costs(width, turns, SEEDS[0]) for width in widths}
     values, settings, sweeps = {}, {}, {}
     print(f"{'':11}     lr  damping  train loss  test acc.  steps to {TARGET}  time  memory")
     for name in METHODS:
@@ -382,12 +381,16 @@ def main() -> None:
         settings[name] = {"lr": lr, "damping": damping}
         sweeps[name] = [{"lr": p[0], "damping": p[1], "train_loss": sweep[p]} for p in sweep]
         runs = [run(name, lr, damping, seed, epochs, look=True) for seed in seeds]
-        mean = {k: statistics.mean(r[k] for r in runs) for k in list(runs[0])[:3]}
         values |= {f"{name}/{metric}": [r[metric] for r in runs] for metric in runs[0]}
+        ratios = values[f"{name}/relative_step_time"] = [times[name] for times, _ in measured]
+        mean = {
+            k: statistics.mean(r[k] for r in runs) for k in ("test_accuracy", "steps_to_target")
+        }
         print(
-            f"{name:11}{lr:7.2g}{damping or 0:9.2g}{mean['train_loss']:12.5f}"
+            f"{name:11}{lr:7.2g}{damping or 0:9.2g}"
+            f"{statistics.mean(r['train_loss'][-1] for r in runs):12.5f}"
             f"{mean['test_accuracy']:11.4f}{mean['steps_to_target']:14.1f}"
-            f"{time_of[name]:6.2f}{memory_of[name]:8.1f}",
+            f"{statistics.median(ratios):6.2f}{memory_of[name]:8.1f}",
             flush=True,
         )
     if smoke:
@@ -405,8 +408,12 @@ def main() -> None:
             "tuning_seeds": TUNING_SEEDS,
             "settings": settings,
             "sweeps": sweeps,
-            "step_time_over_sgd": {str(width): measured[width][0] for width in widths},
-            "extra_memory_over_weights": {str(width): measured[width][1] for width in widths},
+            "backward_passes": BACKWARD_PASSES,
+            "extra_memory": memory_of,
+            "wider": {
+                width: {"relative_step_time": times, "extra_memory": memory}
+                for width, (times, memory) in wider.items()
+            },
         },
         seeds=list(SEEDS),
         values=values,
