@@ -53,7 +53,7 @@ SCHEDULES = ("constant", "cosine")
 def split(tier: str, tuning: bool) -> data.Split:
     """Return five sixths of the training rows, and the held-out sixth or the test rows to test on.
 
-    Both parts are shifted and scaled by one mean and one standard deviation of the former.
+    The mean image of the former is taken from both parts; pixels stay in units of white.
     """
     whole = data.load("fashion_mnist", tier=tier, flatten=True)
     keep = len(whole.x_train) * 5 // 6
@@ -61,12 +61,12 @@ def split(tier: str, tuning: bool) -> data.Split:
     x_test, y_test = whole.x_test, whole.y_test
     if tuning:
         x_test, y_test = whole.x_train[keep:], whole.y_train[keep:]
-    mean, std = x.mean(), x.std()
+    mean = x.mean(axis=0)
     return dataclasses.replace(
         whole,
-        x_train=(x - mean) / std,
+        x_train=x - mean,
         y_train=whole.y_train[:keep],
-        x_test=(x_test - mean) / std,
+        x_test=x_test - mean,
         y_test=y_test,
     )
 
