@@ -294,12 +294,13 @@ class AdaHessian(torch.optim.Optimizer):
             raise TypeError("AdaHessian: expected step(closure) where closure returns the loss")
         with torch.enable_grad():
             loss = closure()
-        groups = [(group, p) for group in self.param_groups for p in group["params"]]
+        everything = [(group, p) for group in self.param_groups for p in group["params"]]
+        groups = [(group, p) for group, p in everything if p.requires_grad]
         params = [p for _, p in groups]
         grads = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad.detach()
-        _require_finite("AdaHessian", "gradients", grads)
+        _require_finite("AdaHessian", "gradients", [p.grad for p in params])
         diagonals = list(self._diagonals(groups, grads))
         _require_finite("AdaHessian", "curvatures", diagonals)
         of = dict(zip(params, diagonals, strict=True))
@@ -318,7 +319,11 @@ class AdaHessian(torch.optim.Optimizer):
             for _, p in groups
         ]
         params = [p for _, p in groups]
-        products = torch.autograd.grad(grads, params, probes, materialize_grads=True)
+        bent = [(g, z) for g, z in zip(grads, probes, strict=True) if g.requires_grad]
+        products = [torch.zeros_like(p) for p in params]  # right for a loss without curvature
+        if bent:
+            slopes, signs = zip(*bent, strict=True)
+            products = torch.autograd.grad(slopes, params, signs, materialize_grads=True)
         for (group, p), z, hz in zip(groups, probes, products, strict=True):
             diagonal = z * hz
             if group["spatial_average"] and p.ndim == 4:
