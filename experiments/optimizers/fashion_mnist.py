@@ -34,6 +34,7 @@ from coursekit.experiment import Record
 SIZES = (784, 128, 64, 10)
 SEEDS, TUNING_SEEDS = (0, 1, 2, 3, 4), (100, 101, 102)
 BUDGET = {"subset": (10, 64), "full": (3, 128)}  # epochs, batch size
+REACH = {"subset": 2, "full": 1}  # rates tried on each side before the grid is extended
 STEP = 10**0.5  # between neighbouring learning rates
 METHODS = {  # class, options other than the learning rate, where the grid begins
     "sgd": (optimizers.SGD, {}, 0.1),
@@ -133,12 +134,13 @@ def main() -> None:
     epochs = 1 if args.smoke else BUDGET[args.tier][0]
     methods = ["momentum", "adam"] if args.smoke else list(METHODS)
     seeds, tuning_seeds = (SEEDS[:2], TUNING_SEEDS[:1]) if args.smoke else (SEEDS, TUNING_SEEDS)
+    reach = 0 if args.smoke else REACH[args.tier]
     start = time.perf_counter()
     values, tuning, rates = {}, {}, {}
     with ProcessPoolExecutor(args.jobs) as pool:
         for name in (f"{m}/{s}" for s in SCHEDULES for m in methods):
             pair = tuple(name.split("/"))
-            sweep = tune(pool, pair, args.tier, epochs, tuning_seeds, 0 if args.smoke else 2)
+            sweep = tune(pool, pair, args.tier, epochs, tuning_seeds, reach)
             tuning[name] = {f"{lr:.3g}": accuracies for lr, accuracies in sweep.items()}
             lr = rates[name] = chosen(sweep)
             runs = list(pool.map(run, [(*pair, lr, s, args.tier, epochs, False) for s in seeds]))
