@@ -385,8 +385,8 @@ def variance_map(
     depth
         Layers to go.
     points
-        Nodes of the Gauss-Hermite quadrature in each direction. For ReLU an even number gives q and
-        χ exactly, and c within 1 / (3 points).
+        Nodes of the Gauss-Hermite quadrature in each direction; more where √q makes φ steep. For
+        ReLU an even number gives q and χ exactly, and c within 1 / (3 points).
 
     Returns
     -------
