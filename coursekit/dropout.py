@@ -138,7 +138,7 @@ def mask_probabilities(masks: Bool[Tensor, "masks n"], p: float) -> Float[Tensor
 
     In float64; `ValueError` for p outside [0, 1). Over the rows of `all_masks` it sums to 1.
 
-    Source: D. Warde-Farley et al., arXiv:1312.6197, section 2. Curriculum: D2.
+    Source: D. Warde-Farley et al., arXiv:1312.6197. Curriculum: D2.
 
     Examples
     --------
@@ -178,8 +178,8 @@ def geometric_mean_probabilities(
     ValueError
         For another shape, no member, or weights that are negative or do not sum to 1.
 
-    Source: P. Baldi and P. Sadowski, Understanding Dropout, NeurIPS 2013, section 3; G. Hinton et
-    al., arXiv:1207.0580, p. 2. Curriculum: D2.
+    Source: P. Baldi and P. Sadowski, Understanding Dropout, NeurIPS 2013; N. Srivastava et al.,
+    JMLR 15 (2014), section 7.5. Curriculum: D2.
 
     Examples
     --------
@@ -322,7 +322,7 @@ def linear_dropout_penalty(
     paper sums, keeps with probability p, and has p w in place of w.
 
     Source: N. Srivastava et al., Dropout, JMLR 15 (2014), section 9.1; S. Wager, S. Wang and P.
-    Liang, arXiv:1307.1493, section 2. Curriculum: D4.
+    Liang, arXiv:1307.1493. Curriculum: D4.
 
     Examples
     --------

@@ -3,10 +3,12 @@
 import copy
 import itertools
 import math
+import runpy
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -14,7 +16,7 @@ from sklearn.linear_model import Ridge
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from coursekit import data, dropout, models, train
+from coursekit import data, dropout, experiment, models, train
 
 probabilities = st.floats(0, 0.9)
 shapes = st.lists(st.integers(1, 4), min_size=0, max_size=3)
@@ -592,3 +594,64 @@ def test_shapes_that_do_not_fit_are_refused():
         ValueError, match=r"^linear_dropout_minimizer: expected y of shape \(4,\), got \(4, 1\)$"
     ):
         dropout.linear_dropout_minimizer(x, normal(4, 1), 0.5)
+
+
+# ---- the studies ----
+
+
+@pytest.fixture(scope="module")
+def factorial():
+    """The script of the study, as a dictionary of its names."""
+    return runpy.run_path(str(ROOT / "experiments" / "dropout" / "factorial.py"))
+
+
+@pytest.mark.covers("D3")
+def test_each_cell_of_the_factorial_ran_at_the_setting_that_the_rule_chooses(factorial):
+    record = experiment.stored("dropout/factorial")
+    assert len(record.seeds) >= 5
+    assert not set(record.seeds) & set(record.config["tuning_seeds"])
+    assert set(record.config["cells"]) == {"/".join(cell) for cell in factorial["CELLS"]}
+    for name, cell in record.config["cells"].items():
+        sweep = {
+            tuple(map(float, key.split(", "))): np.mean(accuracies)
+            for key, accuracies in cell["held_out_accuracy"].items()
+        }
+        rate, radius = max(sorted(sweep), key=sweep.get)
+        assert cell["lr"] == pytest.approx(rate, rel=0.01), name
+        assert (cell["radius"] or math.inf) == radius, name
+        rates = {lr for lr, _ in sweep}
+        assert min(rates) < rate < max(rates), name
+
+
+@pytest.mark.covers("D3")
+def test_the_studys_bound_projects_incoming_weights_of_hidden_units_and_leaves_the_rest(factorial):
+    net = factorial["network"](True, 0)
+    linear = [module for module in net if isinstance(module, nn.Linear)]
+    assert [m.p for m in net if isinstance(m, dropout.Dropout)] == list(factorial["DROP"])
+    with torch.no_grad():
+        linear[0].weight[0] *= 10
+    before = [layer.weight.clone() for layer in linear]
+    norms = before[0].norm(dim=1)
+    factorial["project_"](net, 1.0)
+    assert norms[0] > 1 > norms[1:].max()
+    torch.testing.assert_close(linear[0].weight[0], before[0][0] / norms[0])
+    torch.testing.assert_close(linear[0].weight[1:], before[0][1:])
+    factorial["project_"](net, 0.1)
+    torch.testing.assert_close(linear[1].weight.norm(dim=1), torch.full((256,), 0.1))
+    assert torch.equal(linear[2].weight, before[2])
+
+
+@pytest.mark.covers("D4")
+def test_turned_digits_are_more_doubted_and_the_upright_ones_are_read():
+    record = experiment.stored("dropout/rotated")
+    angles = record.config["angles"]
+    for name in ("softmax", "scaled", "sampled", "ensemble"):
+        right, doubt = (np.mean(record.values[f"{name}/{k}"], 0) for k in ("accuracy", "entropy"))
+        assert right[0] > 0.85 > 0.3 > right[angles.index(90)]
+        assert doubt[angles.index(60)] > 1.5 * doubt[0]
+    assert np.ptp(record.values["softmax/information"]) < 1e-6
+    for kind, sweep in record.config["held_out_loss"].items():
+        losses = {float(lr): np.mean(v) for lr, v in sweep.items()}
+        best = min(losses, key=losses.get)
+        assert best == pytest.approx(record.config["learning_rates"][kind], rel=0.01)
+        assert min(losses) < best < max(losses)
