@@ -319,11 +319,11 @@ class AdaHessian(torch.optim.Optimizer):
             for _, p in groups
         ]
         params = [p for _, p in groups]
-        bent = [(g, z) for g, z in zip(grads, probes, strict=True) if g.requires_grad]
-        products = [torch.zeros_like(p) for p in params]  # right for a loss without curvature
+        bent = [i for i, g in enumerate(grads) if g.requires_grad]  # others have no curvature
+        products = [torch.zeros_like(p) for p in params]
         if bent:
-            slopes, signs = zip(*bent, strict=True)
-            products = torch.autograd.grad(slopes, params, signs, materialize_grads=True)
+            slopes, signs = [grads[i] for i in bent], [probes[i] for i in bent]
+            products = list(torch.autograd.grad(slopes, params, signs, materialize_grads=True))
         for (group, p), z, hz in zip(groups, probes, products, strict=True):
             diagonal = z * hz
             if group["spatial_average"] and p.ndim == 4:

@@ -66,13 +66,13 @@ def sgd_update(
     grad = _decayed(param, grad, weight_decay)
     if momentum == 0:
         return grad, state
-    buffer = state.get("momentum_buffer")
-    if buffer is None:
+    old = state.get("momentum_buffer")
+    if old is None:
         buffer = grad.clone()
     elif dampening:
-        buffer = (momentum * buffer).add_(grad, alpha=1 - dampening)
+        buffer = (old if inplace else old.clone()).mul_(momentum).add_(grad, alpha=1 - dampening)
     else:
-        buffer = torch.add(grad, buffer, alpha=momentum)
+        buffer = torch.add(grad, old, alpha=momentum, out=old if inplace else None)
     state = state if inplace else dict(state)
     state["momentum_buffer"] = buffer
     return (torch.add(grad, buffer, alpha=momentum) if nesterov else buffer), state
@@ -338,7 +338,7 @@ def _own(state, inplace):
 
 
 def _decayed(param, grad, weight_decay):
-    return torch.add(grad, param, alpha=weight_decay) if weight_decay else grad
+    return grad.add(param, alpha=weight_decay) if weight_decay else grad
 
 
 def _average(state, key, new, beta):
