@@ -36,8 +36,8 @@ class EarlyStopping:
 
     Convention: a new run of `train.fit` starts it afresh.
 
-    Source: L. Prechelt, Early Stopping - But When? (1998), the criterion UP with strips of one
-    epoch, and the state at the minimum. Curriculum: R5.
+    Source: I. Goodfellow, Y. Bengio and A. Courville, Deep Learning (2016), algorithm 7.1.
+    Curriculum: R5.
 
     Examples
     --------

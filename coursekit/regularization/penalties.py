@@ -31,7 +31,7 @@ def l1_penalty(params: Parameters, strength: float) -> Float[Tensor, ""]:
     Convention: at a kink torch's gradient is one subgradient, 0. A step along it is why plain
     gradient descent does not keep weights at zero; see `soft_threshold`.
 
-    Source: R. Tibshirani, J. R. Stat. Soc. B 58 (1996), eq. 3, as a penalty. Curriculum: R3.
+    Source: R. Tibshirani, J. R. Stat. Soc. B 58 (1996), section 2, as a penalty. Curriculum: R3.
 
     Examples
     --------
@@ -58,7 +58,7 @@ def l2_penalty(params: Parameters, strength: float) -> Float[Tensor, ""]:
     Convention: there is no factor ½. ``weight_decay=a`` of `torch.optim.SGD` adds a·w to the
     gradient, hence is ½a Σ w², and equals this penalty at a = 2λ.
 
-    Source: A. Hoerl and R. Kennard, Technometrics 12 (1970), eq. 2.3. Curriculum: R2.
+    Source: A. Hoerl and R. Kennard, Technometrics 12 (1970), section 2. Curriculum: R2.
 
     Examples
     --------
@@ -99,8 +99,8 @@ def soft_threshold(
 
     Convention: `torch.nn.functional.softshrink` is the same function with a default of 0.5.
 
-    Source: I. Daubechies, M. Defrise and C. De Mol, Comm. Pure Appl. Math. 57 (2004), eq. 2.4.
-    Curriculum: R3.
+    Source: I. Daubechies, M. Defrise and C. De Mol, Comm. Pure Appl. Math. 57 (2004),
+    section 2. Curriculum: R3.
 
     Examples
     --------
@@ -155,7 +155,7 @@ def project_norm_ball_(
         left as it was.
 
     Source: p = 1: J. Duchi, S. Shalev-Shwartz, Y. Singer and T. Chandra, ICML 2008, figure 1.
-    Max-norm: G. Hinton et al., arXiv:1207.0580, section 1. Curriculum: R4.
+    Max-norm: G. Hinton et al., arXiv:1207.0580. Curriculum: R4.
 
     Examples
     --------
