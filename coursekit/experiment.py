@@ -379,7 +379,7 @@ def stored(name: str) -> Record:
     Parameters
     ----------
     name
-        Chapter and record, such as ``"optimizers/fashion_mnist_full"``.
+        Chapter and record, such as ``"optimizers/fashion_mnist_full"``; the chapter of a benchmark.
 
     Raises
     ------
@@ -387,7 +387,8 @@ def stored(name: str) -> Record:
         When there is none of that name; the message lists those there are.
     """
     package = Path(__file__).parent
-    folders = [package.parent / "experiments" / "results", package / "results"]
+    checkout = [package.parent / kind / "results" for kind in ("experiments", "benchmarks")]
+    folders = [*checkout, package / "results"]
     for folder in folders:
         if (folder / f"{name}.json").is_file():
             return Record.load(folder / f"{name}.json")

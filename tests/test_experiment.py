@@ -462,9 +462,11 @@ def test_a_record_takes_numbers_of_numpy(tmp_path):
 def test_a_stored_record_is_found_by_chapter_and_name(tmp_path, monkeypatch):
     package = tmp_path / "coursekit"
     monkeypatch.setattr(experiment, "__file__", str(package / "experiment.py"))
-    for folder in (tmp_path / "experiments" / "results", package / "results"):
+    homes = (tmp_path / "experiments", tmp_path / "benchmarks", package)
+    for folder in (home / "results" for home in homes):
         record().save(folder / "bagging" / f"{folder.parent.name}.json")
     assert experiment.stored("bagging/experiments").study == "bagging/trees"  # the checkout
+    assert experiment.stored("bagging/benchmarks").study == "bagging/trees"
     assert experiment.stored("bagging/coursekit").study == "bagging/trees"  # the installed package
 
 
