@@ -2,7 +2,9 @@
 
 import copy
 import itertools
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 
-from coursekit import curvature, data, models, optimizers, train
+from coursekit import curvature, data, experiment, models, optimizers, train
 
 X, Y, _, _ = data.load("digits").tensors()
 
@@ -930,6 +932,40 @@ def test_the_noise_scale_does_not_depend_on_the_units_of_the_loss(factor):
 def test_the_noise_scale_refuses(grads, message):
     with pytest.raises(ValueError, match=f"^gradient_noise_scale: expected {message}"):
         optimizers.gradient_noise_scale(grads)
+
+
+# ---- stored records ----
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.covers("O5")
+def test_the_stored_benchmark_keeps_the_promised_ratios():
+    record = json.loads((ROOT / "benchmarks/results/optimizers.json").read_text())
+    bare = {"SGD", "SGD, weight decay", "dampening, weight decay"}  # the check for NaN shows
+    assert len(record["steps"]) == 11
+    for name, of in record["steps"].items():
+        assert of["ratio"] == pytest.approx(of["ours"] / of["torch"])
+        assert of["ratio"] <= (1.4 if name in bare else 1.1), name
+    top = record["top_eigenvalue"]
+    assert top["parameters"] == 64 * 32 + 32 + 32 * 10 + 10
+    assert top["relative_error"] < 0.01
+    assert top["full_over_top"] >= 20
+    assert top["torch_over_top"] >= 20
+
+
+@pytest.mark.covers("O9")
+def test_each_second_order_method_ran_at_the_setting_that_the_rule_chooses():
+    record = experiment.stored("optimizers/second_order")
+    assert not set(record.seeds) & set(record.config["tuning_seeds"])
+    for name, chosen in record.config["settings"].items():
+        sweep = record.config["sweeps"][name]
+        best = min(sweep, key=lambda one: (sum(one["train_loss"]), one["lr"]))
+        for key in ("lr", "damping"):
+            assert best[key] == chosen[key], name
+            tried = {one[key] for one in sweep}
+            assert chosen[key] is None or min(tried) < chosen[key] < max(tried), name
+        assert np.shape(record.values[f"{name}/train_loss"]) == (5, record.config["epochs"])
 
 
 # ---- what holds for all ----
