@@ -288,8 +288,8 @@ def expected_ensemble_error(v: float, c: float, members: int) -> float:
     ValueError
         For K below 1, or c that no errors with this v have: ``|c| > v``.
 
-    Source: I. Goodfellow, Y. Bengio and A. Courville, Deep Learning (2016), eq. 7.50. Curriculum:
-    B3.
+    Source: I. Goodfellow, Y. Bengio and A. Courville, Deep Learning (2016), section 7.11.
+    Curriculum: B3.
 
     Examples
     --------
