@@ -14,7 +14,7 @@ Spectrum = Float[Tensor, "..."]
 
 
 def l1_penalty(params: Parameters, strength: float) -> Float[Tensor, ""]:
-    """Return λ Σ |w| over all entries; its gradient is λ sign(w), and 0 at 0.
+    """Return λ ‖w‖₁, λ times the sum of absolute values; its gradient is λ sign(w), and 0 at 0.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ def soft_threshold(
 ) -> Float[Tensor, "..."]:
     """Move every entry towards zero by ``threshold``, and stop there.
 
-    S_τ(w) = sign(w) max(|w| - τ, 0) = argmin_u ½ (u - w)² + τ |u|
+    S_τ(w) = sign(w) max(abs(w) - τ, 0) = argmin_u ½ (u - w)² + τ abs(u)
 
     Parameters
     ----------
@@ -90,12 +90,12 @@ def soft_threshold(
         Weights after the step δ on the loss alone.
     threshold
         τ, not negative (`ValueError`), one number or a tensor that broadcasts: τ = δλ for the
-        penalty λ Σ |w|.
+        penalty λ ‖w‖₁.
 
     Returns
     -------
     Tensor
-        Exact zeros wherever |w| ≤ τ.
+        Exact zeros wherever abs(w) ≤ τ.
 
     Convention: `torch.nn.functional.softshrink` is the same function with a default of 0.5.
 
