@@ -45,16 +45,17 @@ STEPS = {
     "AMSGrad": ("Adam", {"amsgrad": True}),
     "AdamW": ("AdamW", {}),
 }
-# So little arithmetic that the check and the call of a pure function for each tensor show.
-BARE = ("SGD", "SGD, weight decay", "dampening, weight decay")
 
 
 def parameters() -> list[torch.Tensor]:
-    """Return ResNet-20's parameters, each with a gradient."""
+    """Return ResNet-20's parameters, each with its gradient on 64 images of noise.
+
+    The passes also leave the heap as training leaves it: in a fresh process the allocator would
+    give the check's buffer back to the system after every step.
+    """
     net = models.resnet_cifar(20, generator=train.generator(0, "init"))
-    g = train.generator(0, "grad")
-    for p in net.parameters():
-        p.grad = 1e-2 * torch.randn(p.shape, generator=g)
+    images = torch.randn(64, 3, 32, 32, generator=train.generator(0, "images"))
+    cross_entropy(net(images), torch.arange(64) % 10).backward()
     return list(net.parameters())
 
 
@@ -157,9 +158,7 @@ def main() -> None:
     for name, of in steps.items():
         line = f"ours {of['ours']:6.3f} ms  torch {of['torch']:6.3f} ms  ratio {of['ratio']:.2f}"
         print(f"  {name:24} {line}")
-    rich = max(of["ratio"] for name, of in steps.items() if name not in BARE)
-    bare = max(steps[name]["ratio"] for name in BARE)
-    print(f"  largest ratio {rich:.2f} (at most 1.1), {bare:.2f} where little is computed")
+    print(f"  largest ratio {max(of['ratio'] for of in steps.values()):.2f} (at most 1.1)")
     second_order = adahessian_over_adam(10 if smoke else 1000)
     print(f"  AdaHessian / Adam, gradients included, digits: {second_order:.2f}")
 

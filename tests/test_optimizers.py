@@ -379,7 +379,9 @@ SLIPS += [
 
 
 @pytest.mark.covers("O5")
-@pytest.mark.parametrize(("name", "options", "plain", "slip"), SLIPS, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    ("name", "options", "plain", "slip"), SLIPS, ids=lambda v: getattr(v, "__name__", str(v))[:40]
+)
 def test_a_slip_differs_from_torch_by_far_more_than_the_tolerance(name, options, plain, slip):
     grads = gradients()
     wrong = (plain(grads, slip) - torch_walk(name, grads, **options)).abs().max()
@@ -942,11 +944,10 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.covers("O5")
 def test_the_stored_benchmark_keeps_the_promised_ratios():
     record = json.loads((ROOT / "benchmarks/results/optimizers.json").read_text())
-    bare = {"SGD", "SGD, weight decay", "dampening, weight decay"}  # the check for NaN shows
     assert len(record["steps"]) == 11
     for name, of in record["steps"].items():
         assert of["ratio"] == pytest.approx(of["ours"] / of["torch"])
-        assert of["ratio"] <= (1.4 if name in bare else 1.1), name
+        assert of["ratio"] <= 1.1, name
     top = record["top_eigenvalue"]
     assert top["parameters"] == 64 * 32 + 32 + 32 * 10 + 10
     assert top["relative_error"] < 0.01

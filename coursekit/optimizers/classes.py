@@ -6,6 +6,7 @@ between a class here and the one of that name in `torch.optim`.
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch._utils import _flatten_dense_tensors
@@ -240,7 +241,7 @@ class AdaHessian(torch.optim.Optimizer):
     lr, betas, eps, weight_decay, hessian_power
         As in `adahessian_update`; the defaults are the authors'.
     spatial_average
-        Average |D| over the positions of a convolution's filter, as the authors do.
+        Average abs(D) over the positions of a convolution's filter, as the authors do.
     generator
         Draws the probes, on its own device.
 
@@ -298,11 +299,13 @@ class AdaHessian(torch.optim.Optimizer):
         groups = [(group, p) for group, p in everything if p.requires_grad]
         params = [p for _, p in groups]
         grads = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
+        for _, p in everything:
+            p.grad = None  # of a weight that was frozen since the last step, too
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad.detach()
-        _require_finite("AdaHessian", "gradients", [p.grad for p in params])
+        _require_finite(self, "gradients", [p.grad for p in params])
         diagonals = list(self._diagonals(groups, grads))
-        _require_finite("AdaHessian", "curvatures", diagonals)
+        _require_finite(self, "curvatures", diagonals)
         of = dict(zip(params, diagonals, strict=True))
 
         def update(p, grad, state, **options):
@@ -338,42 +341,58 @@ def _step(optimizer, closure, update, names):
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    groups = [
-        (group, [p for p in group["params"] if p.grad is not None])
-        for group in optimizer.param_groups
-    ]
-    grads = [[p.grad for p in params] for _, params in groups]
-    _require_finite(type(optimizer).__name__, "gradients", sum(grads, []))
-    for (group, params), along in zip(groups, grads, strict=True):
-        rule = partial(update, **{name: group[name] for name in names}, inplace=True)
-        if group["maximize"]:
-            along = [-grad for grad in along]
-        keeps = update is not updates.sgd_update or group["momentum"]
-        directions = along  # plain SGD: even calls that return what they get would cost a tenth
-        if keeps or group["weight_decay"]:
+    groups = []
+    for group in optimizer.param_groups:
+        params = [p for p in group["params"] if p.grad is not None]
+        groups.append((group, params, [p.grad for p in params]))
+    _require_finite(optimizer, "gradients", [grad for *_, grads in groups for grad in grads])
+    for group, params, grads in groups:
+        if not params:
+            continue
+        directions: Any = [-grad for grad in grads] if group["maximize"] else grads
+        if update is updates.sgd_update and not group["momentum"]:
+            # nothing is kept, so the rule is one call for all tensors, or none
+            if group["weight_decay"]:
+                directions = torch._foreach_add(directions, params, alpha=group["weight_decay"])
+        else:
+            rule = partial(update, **{name: group[name] for name in names}, inplace=True)
             directions = [
-                rule(p, grad, optimizer.state[p] if keeps else {})[0]
-                for p, grad in zip(params, along, strict=True)
+                rule(p, grad, optimizer.state[p])[0]
+                for p, grad in zip(params, directions, strict=True)
             ]
-        if params:
-            torch._foreach_add_(params, directions, alpha=-group["lr"])
+        torch._foreach_add_(params, directions, alpha=-group["lr"])
     return loss
 
 
-def _require_finite(name, what, tensors):
-    """Refuse infinity and NaN. One sum over all tells in most cases, but may itself overflow."""
-    try:
-        if not tensors or math.isfinite(_flatten_dense_tensors(tensors).sum().item()):
-            return
-    except RuntimeError:  # on several devices
-        pass
-    for i, values in enumerate(tensors):
+def _require_finite(optimizer, what, tensors):
+    """Refuse infinity and NaN, before anything has changed."""
+    if not tensors or math.isfinite(_total(tensors)):
+        return
+    for i, values in enumerate(tensors):  # or the sum itself has overflowed
         bad = int((~values.isfinite()).sum())
         if bad:
             raise ValueError(
-                f"{name}: expected finite {what}, got {bad} values that are not in parameter {i} "
-                f"of shape {tuple(values.shape)}; nothing was changed"
+                f"{type(optimizer).__name__}: expected finite {what}, got {bad} values that are "
+                f"not in parameter {i} of shape {tuple(values.shape)}; nothing was changed"
             )
+
+
+def _total(tensors):
+    """Return the sum of all entries.
+
+    Large tensors are summed where they lie; for small ones a call each would cost more than a copy.
+    """
+    sums, small = [], []
+    for values in tensors:
+        if values.numel() > 8192:
+            sums.append(values.sum())
+        else:
+            small.append(values)
+    try:
+        sums += [_flatten_dense_tensors(small).sum()] if small else []
+    except RuntimeError:  # on several devices
+        sums += [values.sum() for values in small]
+    return sum(one.item() for one in sums)
 
 
 def _not_negative(name, **options):

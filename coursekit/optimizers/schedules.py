@@ -82,7 +82,7 @@ def warmup(steps: int, then: Schedule = lambda step: 1.0) -> Schedule:
 def gradient_noise_scale(
     grads: Mapping[str, Float[Tensor, "n ..."]] | Iterable[Float[Tensor, "n ..."]],
 ) -> float:
-    """Return tr(Σ) / |G|² of the gradients of single examples.
+    """Return tr(Σ) / ‖G‖² of the gradients of single examples.
 
     G is their mean and Σ their covariance matrix, both over the n examples given. It is the batch
     size at which a mini-batch gradient has as much noise as signal.

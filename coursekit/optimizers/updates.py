@@ -63,7 +63,8 @@ def sgd_update(
     >>> sgd_update(torch.zeros(2), g, state, momentum=0.9)[0]
     tensor([ 1.9000, -3.8000])
     """
-    grad = _decayed(param, grad, weight_decay)
+    if weight_decay:
+        grad = torch.add(grad, param, alpha=weight_decay)
     if momentum == 0:
         return grad, state
     old = state.get("momentum_buffer")
