@@ -204,19 +204,19 @@ def test_the_trace_has_the_variance_of_hutchinson():
     matrix = symmetric(0, 12)
     off = matrix - torch.diag(matrix.diag())
     loss, w = quadratic(matrix)
-    got = curvature.hutchinson_trace(loss, w, samples=4000, generator=train.generator(0, "v"))
+    got = curvature.hutchinson_trace(loss, w, samples=1000, generator=train.generator(0, "v"))
     assert abs(got.mean - matrix.trace().item()) < 4 * got.standard_error
-    expected = math.sqrt(2 * (off**2).sum().item() / 4000)
-    assert got.standard_error == pytest.approx(expected, rel=0.05)
+    expected = math.sqrt(2 * (off**2).sum().item() / 1000)
+    assert got.standard_error == pytest.approx(expected, rel=0.1)
 
 
 def test_the_diagonal_has_its_variance_and_is_not_its_absolute_value():
     matrix = symmetric(0, 12)
     loss, w = quadratic(matrix)
-    got = curvature.hutchinson_diagonal(loss, w, samples=4000, generator=train.generator(0, "v"))
+    got = curvature.hutchinson_diagonal(loss, w, samples=1000, generator=train.generator(0, "v"))
     error = (flat(got) - matrix.diag()) / ((matrix**2).sum(1) - matrix.diag() ** 2).sqrt()
-    assert abs(error).max() < 4 / math.sqrt(4000)
-    assert 0.5 < error.norm() * math.sqrt(4000 / 12) < 1.6
+    assert abs(error).max() < 4 / math.sqrt(1000)
+    assert 0.5 < error.norm() * math.sqrt(1000 / 12) < 1.6
     assert flat(got).min() < -1
 
 
