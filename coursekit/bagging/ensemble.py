@@ -51,7 +51,6 @@ class Ensemble(nn.Module):
 
     Examples
     --------
-    >>> from coursekit.bagging import bootstrap_indices
     >>> from coursekit import models, train
     >>> nets = [models.mlp([4, 8, 3], generator=train.generator(k, "init")) for k in range(5)]
     >>> ensemble = Ensemble(nets)
@@ -189,14 +188,14 @@ def fit_members(
 
     Examples
     --------
-    >>> from coursekit import data, models, train
+    >>> from coursekit import bagging, data, models, train
     >>> x, y, x_test, y_test = data.load("digits").tensors()
     >>> nets = [models.mlp([64, 16, 10], generator=train.generator(k, "init")) for k in range(4)]
     >>> ensemble, draw = Ensemble(nets), train.generator(0, "bootstrap")
-    >>> rows = bootstrap_indices(len(x), 4, generator=draw)
+    >>> rows = bagging.bootstrap_indices(len(x), 4, generator=draw)
     >>> adam = torch.optim.Adam(ensemble.parameters(), lr=0.01)
     >>> history = fit_members(ensemble, x, y, adam, 3, 32, rows=rows, generator=draw)
-    >>> probabilities = average_probabilities(ensemble(x_test).softmax(dim=-1))
+    >>> probabilities = bagging.average_probabilities(ensemble(x_test).softmax(dim=-1))
     >>> bool((probabilities.argmax(dim=1) == y_test).double().mean() > 0.9)
     True
     """
