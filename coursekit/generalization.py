@@ -204,7 +204,7 @@ def epsilon_sharpness(
 ) -> float:
     """Return by how many per cent the loss can rise in a small box around the parameters.
 
-    100 · (max_{z ∈ C} L(w + z) - L(w)) / (1 + L(w)),  C = {z : |z_i| ≤ ε (|w_i| + 1)}
+    100 · (max_{z ∈ C} L(w + z) - L(w)) / (1 + L(w)),  C = {z : abs(z_i) ≤ ε (abs(w_i) + 1)}
 
     The maximum is searched by a few steps of L-BFGS-B, so the result is a lower bound. The search
     starts at a random point of the box: at a minimum the gradient is zero and leads nowhere.
@@ -217,7 +217,7 @@ def epsilon_sharpness(
         Tensors that require a gradient; they have their values back afterwards, also after an
         error.
     epsilon
-        Half the side of the box, relative to |w_i| + 1; positive.
+        Half the side of the box, relative to abs(w_i) + 1; positive.
     iterations
         Steps of the search, at least 1; the paper makes ten.
     generator

@@ -2,14 +2,17 @@
 
 import itertools
 import math
+import runpy
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 from sklearn.svm import SVC
+from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy
 
 from coursekit import curvature, data, experiment, generalization, models, train
@@ -560,3 +563,46 @@ def test_every_public_name_of_the_room_is_tested_here():
         if getattr(vars(generalization)[n], "__module__", "") == generalization.__name__
     ]
     assert set(functions) <= set(globals())
+
+
+# ---- the studies ----
+
+
+def script(name):
+    """Everything that a study of this chapter defines."""
+    return runpy.run_path(str(ROOT / "experiments" / "generalization" / f"{name}.py"))
+
+
+def test_the_rates_of_the_study_of_sharpness_are_those_of_its_rule():
+    record = experiment.stored("generalization/sharpness")
+    assert len(record.seeds) >= 5
+    for size, chosen in record.config["learning_rates"].items():
+        rates = [r for r in record.config["grid"][size] if f"grid/{size}/{r}/top" in record.values]
+        left_out = [r for r in record.config["grid"][size] if r not in rates]
+        assert [[int(size), r] for r in left_out] == [
+            pair for pair in record.config["unfinished"] if pair[0] == int(size)
+        ]
+        epochs = {r: np.mean(record.values[f"grid/{size}/{r}/epochs"]) for r in rates}
+        assert chosen == min(rates, key=epochs.get)
+        for r in rates:
+            assert max(record.values[f"grid/{size}/{r}/loss"]) <= record.config["target_loss"]
+
+
+def test_the_step_of_the_study_of_sgd_is_that_of_automatic_differentiation():
+    study = script("sharpness")
+    hidden = study["SGD"]["hidden"]
+    w, x, y = normal(3, 66 * hidden + 1), normal(3, 64, name="x"), normal(3, name="y")
+    lr = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    slope = vmap(grad(lambda w, x, y: (study["output"](w, x) - y).square() / 2))(w, x, y)
+    want = w - lr[:, None] * slope
+    study["sgd_step_"](w, x, y, lr)
+    torch.testing.assert_close(w, want, rtol=1e-12, atol=1e-12)
+
+
+def test_a_stored_error_of_the_random_features_comes_out_again():
+    record = experiment.stored("generalization/double_descent")
+    width = record.config["feature_widths"][4]
+    again = script("double_descent")["features_at"](width, 1, 0.2)
+    for key, value in again.items():
+        stored = record.values[f"features/0.2/{key}"][1][4]
+        assert value == pytest.approx(stored, abs=0.01 * (1 + abs(stored))), key
