@@ -106,7 +106,7 @@ CONTESTANTS = {"ensemble": at_once, "loop": one_by_one, "sklearn": by_sklearn}
 
 
 def step_ms(members, steps, device):
-    """Return the time in ms of a training step of all members: the fastest, which nothing disturbed."""
+    """Return the time in ms of a step of all members: the fastest, which nothing disturbed."""
     x, y, _, nets, rows, _ = start(0, members, device)
     ensemble = bagging.Ensemble(nets)
     adam, times = torch.optim.Adam(ensemble.parameters(), lr=RATE, fused=True), []
