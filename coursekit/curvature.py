@@ -231,8 +231,8 @@ def hutchinson_diagonal(
     list of Tensor
         One a parameter, of its shape.
 
-    Source: C. Bekas, E. Kokiopoulou and Y. Saad, An estimator for the diagonal of a matrix, Appl.
-    Numer. Math. 57 (2007), section 2. Curriculum: O9.
+    Source: C. Bekas, E. Kokiopoulou and Y. Saad, An estimator for the diagonal of a matrix, Applied
+    Numerical Mathematics 57 (2007), section 2. Curriculum: O9.
     """
     draws = _signed_products("hutchinson_diagonal", loss, params, samples, generator)
     return [sum(parts) / samples for parts in zip(*draws, strict=True)]

@@ -198,6 +198,15 @@ class History:
         return {"step_loss": list(self.step_loss), **as_dicts}
 
 
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Differentiate and step; an optimizer that differentiates twice is handed the loss itself."""
+    if getattr(optimizer, "needs_the_loss", False):
+        optimizer.step(lambda: loss)  # type: ignore[arg-type, return-value]
+    else:
+        loss.backward()
+        optimizer.step()
+
+
 def fit(
     model: nn.Module,
     data: Split,
@@ -269,11 +278,7 @@ def fit(
                         f"fit: expected a finite loss, got {history.step_loss[-1]} in epoch "
                         f"{epoch}, step {len(history.step_loss) - 1}; try a smaller learning rate"
                     )
-                if getattr(optimizer, "needs_the_loss", False):  # it differentiates twice
-                    optimizer.step(lambda graph=batch_loss: graph)
-                else:
-                    batch_loss.backward()
-                    optimizer.step()
+                _step(optimizer, batch_loss)
                 if scheduler is not None:
                     scheduler.step()
                 if after_step is not None:
