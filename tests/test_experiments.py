@@ -86,5 +86,5 @@ def test_a_stored_score_comes_out_again():
 def test_records_are_part_of_an_installed_package():
     build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]
     targets = build["build"]["targets"]
-    assert targets["wheel"]["force-include"] == {"experiments/results": "coursekit/results"}
+    assert targets["wheel"]["force-include"]["experiments/results"] == "coursekit/results"
     assert "experiments/results" in targets["sdist"]["include"]
