@@ -17,6 +17,7 @@ Shared floor, used by every chapter:
 Chapter floor, one room a chapter:
 
 ``autodiff``    reverse and forward mode on NumPy arrays
+``dcasgd``      gradients that come late, and what corrects or only damps them
 ``dropout``     random thinned networks, their average, and what it is on a linear model
 ``generalization``  which minimum training finds, how wide it is, and which step it allows
 ``initialization``  where training starts, what depth does to a signal, and the theory
