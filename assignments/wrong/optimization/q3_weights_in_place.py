@@ -1,0 +1,10 @@
+# The caller's weights are overwritten.
+# says: is now \[.*\]: copy it
+def adam(w, gradients, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8):
+    m, v, path = np.zeros_like(w), np.zeros_like(w), []
+    for t, g in enumerate(gradients, start=1):
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        w -= lr * m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + eps)
+        path.append(w.copy())
+    return path

@@ -1,0 +1,20 @@
+# One backup, of the weights before the last push by anyone.
+# says: three workers pull w = 1 and push 0\.5 each: .* after c
+class Server:
+    def __init__(self, weights, rate, strength=2.0, decay=0.95, eps=1e-7):
+        self.weights = np.array(weights, dtype=float)
+        self.rate, self.strength, self.decay, self.eps = rate, strength, decay, eps
+        self.mean_square = np.zeros_like(self.weights)
+        self.backup = {}
+
+    def pull(self, worker):
+        self.before = self.weights.copy()
+        return self.weights.copy()
+
+    def push(self, worker, gradient):
+        square = gradient**2
+        self.mean_square = self.decay * self.mean_square + (1 - self.decay) * square
+        curvature = self.strength / np.sqrt(self.mean_square + self.eps) * square
+        old = self.weights
+        self.weights = old - self.rate * (gradient + curvature * (old - self.before))
+        self.before = old
