@@ -15,7 +15,6 @@ from coursekit import _check
 from coursekit.parallelism.rules import asgd
 from coursekit.parallelism.server import Push, Rule, Served, Server, count
 
-
 # ---- gates that wait ----
 
 
