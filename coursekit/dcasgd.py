@@ -13,13 +13,15 @@ Compensation, ICML 2017, arXiv:1609.08326.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coursekit import _check
+from coursekit import _check, train
+from coursekit.parallelism import Push, Server, step
 
 Curvature = Float[Tensor, "*shape"] | Callable[[Tensor], Tensor]
 CURVATURES = ("squared", "absolute", "none", "mean", "permuted")
@@ -149,8 +151,7 @@ def compensate(
         return gradient + curvature(displacement)
     if cap is not None:
         _check.positive("compensate", "cap", cap)
-        curvature = curvature.clamp(max=cap / lr if lr else math.inf)
-    return gradient + curvature * displacement
+    return gradient + _capped(curvature, lr, cap) * displacement
 
 
 class CurvatureError(NamedTuple):
@@ -212,6 +213,132 @@ def curvature_error(
     return CurvatureError(left, cosine, strength, math.sqrt(max(0.0, 1 - cosine**2)))
 
 
+def dc_asgd_a(
+    server: Server,
+    push: Push,
+    lr: float,
+    *,
+    strength: float = 2.0,
+    decay: float | None = 0.95,
+    epsilon: float = 1e-7,
+    curvature: str | Callable[[Push, Tensor], Tensor] = "squared",
+    backup: str = "pull",
+    mean_square: str = "global",
+    cap: float | None = 1.0,
+    sizes: Sequence[int] | None = None,
+    **options: float,
+) -> tuple[Server, tuple[int, ...]]:
+    """Update as DC-ASGD-a does: the correction's strength adapts to the size of the gradients.
+
+    MeanSquare ← m · MeanSquare + (1 − m) g ⊙ g, from 0
+    w ← w − lr (g + λ_0 / √(MeanSquare + ε) ⊙ g ⊙ g ⊙ (w − w_bak(m)))
+
+    Parameters
+    ----------
+    server, push, lr
+        As for every rule: the weights, the gradient that came, the learning rate.
+    strength, epsilon
+        λ_0 and ε.
+    decay
+        m; ``None`` keeps λ = λ_0 constant.
+    curvature
+        As in `diagonal_curvature`, or a function of the push and of w − w_bak that returns the
+        product with the Hessian; strength and cap do not touch that.
+    backup
+        When w_bak is taken. ``"pull"``: the weights that the worker was sent, at which it computed
+        g. ``"push"``: the weights after the worker's own last update, as in the authors' released
+        server; others may have changed them before it pulled. Its first w_bak is what it pulled.
+    mean_square
+        ``"global"``: one MeanSquare, as the equation is written; ``"worker"``: one a worker, as in
+        the authors' released server.
+    cap
+        Largest gain, as in `compensate`.
+    sizes
+        Lengths of the tensors in the weights, for ``"mean"`` and ``"permuted"``.
+    options
+        ``momentum`` and ``weight_decay`` as in `parallelism.asgd`; neither enters the correction.
+
+    Returns
+    -------
+    (server, workers to be served now)
+
+    Raises
+    ------
+    ValueError
+        For an option outside its range.
+
+    Convention: MeanSquare starts at 0 and has no bias correction, so the first correction is
+    1 / √(1 − m) = 4.5 times that of a settled MeanSquare; ``decay=0.0`` has none of it, and
+    λ_t g² = λ_0 · abs(g).
+
+    Source: arXiv:1609.08326, the server's algorithm. Curriculum: C3.
+
+    Examples
+    --------
+    >>> from coursekit import parallelism as pa
+    >>> server = pa.join(pa.join(pa.Server(torch.tensor([1.0])), 0), 1)
+    >>> for worker in (0, 1):
+    ...     server, _ = pa.pull(server, worker)
+    >>> for worker in (0, 1):  # both gradients come from w = 1; the second is compensated
+    ...     push = pa.Push(worker, 0, torch.tensor([2.0]), samples=1)
+    ...     server, _ = pa.receive(server, push, 0.1, lambda *now: dc_asgd_a(*now, decay=0.0))
+    ...     print(f"{server.weights.item():.2f}")
+    0.80
+    0.68
+    """
+    _check_options(decay, cap, strength=strength, epsilon=epsilon)
+    _check.one_of("dc_asgd_a", "backup", backup, ("pull", "push"))
+    _check.one_of("dc_asgd_a", "mean_square", mean_square, ("global", "worker"))
+    mine = f"/{push.worker}"  # what belongs to a worker goes with it
+    table = "mean_square" + mine * (mean_square == "worker")
+
+    def correct(gradient, displacement, memory):
+        if callable(curvature):
+            return curvature(push, displacement), memory, 0.0
+        squares = None
+        if decay is not None:
+            before = memory.get(table, torch.zeros_like(gradient))
+            squares = decay * before + (1 - decay) * gradient * gradient
+            memory = {**memory, table: squares}
+        draw = train.generator(server.version, "permuted") if curvature == "permuted" else None
+        how: dict = {"epsilon": epsilon, "curvature": curvature, "sizes": sizes}
+        diagonal = diagonal_curvature(gradient, strength, squares, generator=draw, **how)
+        bounded = _capped(diagonal, lr, cap)
+        return bounded * displacement, memory, (diagonal > bounded).double().mean().item()
+
+    old = server.memory.get(f"backup{mine}") if backup == "push" else None
+    server = step(server, push, lr, correct, backup=old, **options)
+    if backup == "push":
+        server = replace(server, memory={**server.memory, f"backup{mine}": server.weights})
+    return server, (push.worker,)
+
+
+def dc_asgd_c(
+    server: Server, push: Push, lr: float, *, strength: float = 0.04, **options
+) -> tuple[Server, tuple[int, ...]]:
+    """Update as DC-ASGD-c does: λ is constant.
+
+    w ← w − lr (g + λ g ⊙ g ⊙ (w − w_bak(m)))
+
+    Parameters
+    ----------
+    server, push, lr
+        As for every rule.
+    strength
+        λ. It has units: with gradients c times as large, λ / c makes the same correction
+        in proportion.
+    options
+        The others of `dc_asgd_a`, except ``decay``, ``epsilon`` and ``mean_square``.
+
+    Returns
+    -------
+    (server, workers to be served now)
+
+    Source: arXiv:1609.08326, the server's algorithm. Curriculum: C3.
+    """
+    return dc_asgd_a(server, push, lr, strength=strength, decay=None, **options)
+
+
 class DCASGD(torch.optim.Optimizer):
     """Step with gradients that are a fixed number of steps old, compensated for the delay.
 
@@ -227,17 +354,14 @@ class DCASGD(torch.optim.Optimizer):
         Learning rate, not negative.
     delay
         τ; 0 is SGD to the last bit.
-    strength, epsilon, curvature, cap
-        As in `dc_asgd_a`, without ``"permuted"``; strength 0 is SGD with delayed gradients.
-    decay
-        m of the running mean of g² (DC-ASGD-a); ``None`` for constant λ (DC-ASGD-c).
-    weight_decay
-        Added as weight_decay · w with the present w, outside the correction.
+    options
+        Those of `dc_asgd_a`, each parameter being one tensor: ``decay=None`` is DC-ASGD-c, and
+        ``strength=0.0`` is SGD with old gradients.
 
     Raises
     ------
     ValueError
-        For an option outside its range; in ``step`` for a gradient that is not finite, before
+        For a value outside its range; in ``step`` for a gradient that is not finite, before
         anything has changed.
 
     Curriculum: C3.
@@ -256,27 +380,12 @@ class DCASGD(torch.optim.Optimizer):
     0.680
     """
 
-    def __init__(
-        self,
-        params,
-        lr: float = 1e-2,
-        delay: int = 1,
-        strength: float = 2.0,
-        decay: float | None = 0.95,
-        epsilon: float = 1e-7,
-        *,
-        curvature: str = "squared",
-        cap: float | None = 1.0,
-        weight_decay: float = 0.0,
-    ):
-        options: dict = {"strength": strength, "decay": decay, "epsilon": epsilon, "cap": cap}
-        _check_options("DCASGD", **options)
-        _check.one_of("DCASGD", "curvature", curvature, CURVATURES[:-1])
-        _check.integer("DCASGD", "delay", delay, at_least=0)
+    def __init__(self, params, lr: float = 1e-2, *, delay: int = 1, **options):
         _check.in_range("DCASGD", "lr", lr, 0, math.inf)
-        _check.in_range("DCASGD", "weight_decay", weight_decay, 0, math.inf)
-        options |= {"lr": lr, "delay": delay, "curvature": curvature, "weight_decay": weight_decay}
-        super().__init__(params, options)
+        _check.integer("DCASGD", "delay", delay, at_least=0)
+        zero = torch.zeros(1)  # on which the rule refuses options that are none of its own
+        dc_asgd_a(Server(zero, backups={0: zero}), Push(0, 0, zero, 1), lr, **options)
+        super().__init__(params, {"lr": lr, "delay": delay, **options})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -285,41 +394,33 @@ class DCASGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        pairs = [(p, group) for group in self.param_groups for p in group["params"]]
-        pairs = [(p, group) for p, group in pairs if p.grad is not None]
-        for p, _ in pairs:
+        given = [(p, g) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        for p, _ in given:
             _check.finite("DCASGD", "gradients", p.grad)
-        for p, group in pairs:
-            state, lr = self.state[p], group["lr"]
-            state.setdefault("queue", []).append((p.grad.clone(), p.clone()))
+        for p, group in given:
+            state = self.state[p]
+            state.setdefault("queue", []).append((p.grad.flatten().clone(), p.flatten().clone()))
+            options = {k: v for k, v in group.items() if k not in ("params", "lr", "delay")}
             if len(state["queue"]) <= group["delay"]:
                 continue
             gradient, backup = state["queue"].pop(0)
-            mean_square = _mean_square(gradient, state.get("mean_square"), group["decay"])
-            if mean_square is not None:
-                state["mean_square"] = mean_square
-            options = {name: group[name] for name in ("strength", "epsilon", "curvature")}
-            diagonal = diagonal_curvature(gradient, mean_square=mean_square, **options)
-            direction = compensate(gradient, p - backup, diagonal, lr=lr, cap=group["cap"])
-            if group["weight_decay"]:
-                direction = direction + group["weight_decay"] * p
-            p.copy_(p - lr * direction)
+            count, memory = state.get("updates", 0), state.get("memory", {})
+            server = Server(p.flatten(), count, backups={0: backup}, memory=memory)
+            server, _ = dc_asgd_a(server, Push(0, 0, gradient, 1), group["lr"], **options)
+            state["updates"], state["memory"] = server.version, server.memory
+            p.copy_(server.weights.view_as(p))
         return loss
 
 
-def _mean_square(gradient, before, decay):
-    """m · MeanSquare + (1 − m) · g², from 0; None where λ is constant."""
-    if decay is None:
-        return None
-    before = torch.zeros_like(gradient) if before is None else before
-    return decay * before + (1 - decay) * gradient * gradient
+def _capped(diagonal, lr, cap):
+    """Bound the gain lr · c of every weight."""
+    return diagonal if cap is None or not lr else diagonal.clamp(max=cap / lr)
 
 
-def _check_options(function, strength, decay, epsilon, cap):
-    """Refuse what no rule or optimizer here can use."""
-    _check.in_range(function, "strength", strength, 0, math.inf)
-    _check.in_range(function, "epsilon", epsilon, 0, math.inf)
+def _check_options(decay, cap, **amounts):
+    for name, amount in amounts.items():
+        _check.in_range("dc_asgd_a", name, amount, 0, math.inf)
     if decay is not None and not 0 <= decay < 1:
-        raise ValueError(f"{function}: expected decay in [0, 1), got {decay}")
+        raise ValueError(f"dc_asgd_a: expected decay in [0, 1), got {decay}")
     if cap is not None:
-        _check.positive(function, "cap", cap)
+        _check.positive("dc_asgd_a", "cap", cap)

@@ -1,21 +1,25 @@
 """Delay compensation: laws of the correction, each switch by hand, the oracle, the optimizer."""
 
 import copy
+import dataclasses
+import functools
 import io
 import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from coursekit import curvature, data, models, train
+from coursekit import curvature, data, models, parallelism, train
 from coursekit.dcasgd import (
     CURVATURES,
     DCASGD,
     compensate,
     curvature_error,
+    dc_asgd_a,
+    dc_asgd_c,
     diagonal_curvature,
 )
 
@@ -222,6 +226,277 @@ def test_outer_product_is_the_hessian_at_the_optimum_per_sample_and_not_of_the_m
         assert torch.allclose(share, torch.full_like(share, 1 / b), rtol=0.1)
 
 
+# ---- the server's rules ----
+
+
+def serve(rule, events, gradient, *, workers=3, lr=0.1, start=(1.0,)):
+    """Play a list of events: m is worker m's push, ~m its pull; return server and the path.
+
+    ``gradient`` takes the weights that the worker has and how many pushes came before.
+    """
+    server = parallelism.Server(torch.as_tensor(start, dtype=torch.float64))
+    for m in range(workers):
+        server, _ = parallelism.pull(parallelism.join(server, m), m)
+    path = []
+    for event in events:
+        if event < 0:
+            server, _ = parallelism.pull(server, ~event)
+            continue
+        g = gradient(server.backups[event], len(path))
+        push = parallelism.Push(event, server.pulled[event], g, 1)
+        server, served = parallelism.receive(server, push, lr, rule)
+        assert served == (event,)
+        path.append(server.weights)
+    return server, path
+
+
+def at_once(order):
+    """The worker pulls as soon as its push is in."""
+    return [event for m in order for event in (m, ~m)]
+
+
+def digits_gradient(weights, k):
+    """Gradient of softmax regression on the k-th batch of digits."""
+    x, y = X[8 * k : 8 * k + 8], Y[8 * k : 8 * k + 8]
+    w = weights.view(10, 64)
+    return ((torch.softmax(x @ w.T, dim=1) - torch.eye(10, dtype=x.dtype)[y]).T @ x / 8).flatten()
+
+
+RULES = {"c": dc_asgd_c, "a": dc_asgd_a}
+rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+STATES = {"momentum": 0.9, "weight_decay": 0.01}
+
+
+@rules
+@pytest.mark.covers("C3")
+@pytest.mark.parametrize("options", [{}, STATES, {"backup": "push"}, {"cap": None}], ids=str)
+def test_with_one_worker_both_rules_are_sgd_to_the_last_bit(rule, options):
+    """Spec 5.1. With one worker the weights are where they were pulled, and 0 corrects nothing."""
+    plain = {k: v for k, v in options.items() if k in STATES}
+    run = functools.partial(
+        serve, events=at_once([0] * 40), gradient=digits_gradient, workers=1, start=[0.0] * 640
+    )
+    _, path = run(functools.partial(rule, strength=9.0, **options))
+    _, expected = run(functools.partial(parallelism.asgd, **plain))
+    assert all(torch.equal(a, b) for a, b in zip(path, expected, strict=True))
+
+
+def test_a_backup_older_than_the_pull_is_not_sgd_even_with_one_worker():
+    """A known wrong variant: mxnet keeps one copy for all, from before the last update."""
+
+    def mxnet(server, push, lr):
+        old = server.memory.get("previous", server.weights)
+
+        def correct(gradient, displacement, memory):
+            return 9.0 * gradient * gradient * displacement, memory, 0.0
+
+        after = parallelism.step(server, push, lr, correct, backup=old)
+        memory = {**after.memory, "previous": server.weights}
+        return dataclasses.replace(after, memory=memory), (push.worker,)
+
+    runs = [
+        serve(rule, at_once([0] * 9), digits_gradient, workers=1, start=[0.0] * 640)[1]
+        for rule in (mxnet, parallelism.asgd)
+    ]
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert not torch.allclose(runs[0][-1], runs[1][-1])
+
+
+@rules
+@settings(max_examples=15)
+@given(order=st.lists(st.integers(0, 3), min_size=1, max_size=12))
+@pytest.mark.parametrize("options", [{}, STATES | {"backup": "push"}], ids=str)
+def test_with_strength_zero_both_rules_are_asgd_to_the_last_bit(rule, options, order):
+    """Spec 5.2, whoever comes when."""
+    plain = {k: v for k, v in options.items() if k in STATES}
+    play = {"gradient": digits_gradient, "workers": 4, "start": [0.0] * 640}
+    _, path = serve(functools.partial(rule, strength=0.0, **options), at_once(order), **play)
+    _, expected = serve(functools.partial(parallelism.asgd, **plain), at_once(order), **play)
+    assert all(torch.equal(a, b) for a, b in zip(path, expected, strict=True))
+
+
+# Workers 0, 1, 2 pull w = 1. Then 0 pushes g = 1, 1 pushes 2, 0 pulls, 2 pushes 1, 0 pushes 2.
+# Between push and pull of worker 0 lies the update of worker 1: so the two backups differ.
+SCRIPT, GRADIENTS = [0, 1, ~0, 2, 0], [1.0, 2.0, 1.0, 2.0]
+C, A = ({"strength": 1.0}, {"strength": 1.0, "decay": 0.5, "epsilon": 0.0})
+BY_HAND = {
+    # d = -0.1, -0.26, 0.666 - 0.74
+    "squared, at pull": (dc_asgd_c, C, [0.9, 0.74, 0.666, 0.4956]),
+    # the last d is 0.666 - 0.9
+    "squared, after push": (dc_asgd_c, C | {"backup": "push"}, [0.9, 0.74, 0.666, 0.5596]),
+    "absolute": (dc_asgd_c, C | {"curvature": "absolute"}, [0.9, 0.72, 0.648, 0.4624]),
+    "none": (dc_asgd_c, C | {"curvature": "none"}, [0.9, 0.71, 0.639, 0.4461]),
+    "mean of one": (dc_asgd_c, C | {"curvature": "mean"}, [0.9, 0.74, 0.666, 0.4956]),
+    "permuted alone": (dc_asgd_c, C | {"curvature": "permuted"}, [0.9, 0.74, 0.666, 0.4956]),
+    "oracle, H = 3": (
+        dc_asgd_c,
+        C | {"curvature": lambda push, displacement: 3 * displacement},
+        [0.9, 0.73, 0.711, 0.5167],
+    ),
+    # gains 0.4, 0.1, 0.4 and not more than a quarter
+    "capped": (dc_asgd_c, C | {"cap": 0.25}, [0.9, 0.725, 0.6525, 0.470625]),
+    # MeanSquare 0.5, 2.25, 1.625, 2.8125
+    "adaptive, global": (dc_asgd_a, A, [0.9, 0.7266667, 0.6481087, 0.4668459]),
+    # MeanSquare of 0: 0.5 and 2.25; of 1: 2; of 2: 0.5
+    "adaptive, a worker": (
+        dc_asgd_a,
+        A | {"mean_square": "worker"},
+        [0.9, 0.7282843, 0.6667107, 0.4831303],
+    ),
+    # 1.5 g d / |g|, since without memory the root of MeanSquare is |g|
+    "adaptive, no memory": (
+        dc_asgd_a,
+        A | {"decay": 0.0, "strength": 1.5},
+        [0.9, 0.73, 0.6705, 0.48835],
+    ),
+    # buffer 1, 0.5 + 1.6, 1.05 + 0.69, 0.87 + 1.304: it sums what is corrected
+    "momentum": (dc_asgd_c, C | {"momentum": 0.5}, [0.9, 0.69, 0.516, 0.2986]),
+    # g + g^2 d + 0.1 w = 1.1, 1.56 + 0.089, 0.7251 + 0.07251, 1.680956 + 0.0645339
+    "decay": (dc_asgd_c, C | {"weight_decay": 0.1}, [0.89, 0.7251, 0.645339, 0.4707900]),
+}
+
+
+@pytest.mark.covers("C3")
+@pytest.mark.parametrize("case", BY_HAND)
+def test_each_switch_against_three_workers_worked_out_by_hand(case):
+    """Spec 5.3."""
+    rule, options, expected = BY_HAND[case]
+    given = lambda weights, k: torch.full_like(weights, GRADIENTS[k])
+    _, path = serve(functools.partial(rule, **options), SCRIPT, given)
+    assert [w.item() for w in path] == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.covers("C3")
+def test_backup_taken_at_pull_not_after_push_unless_asked_for():
+    """They differ only where another update falls between a worker's push and its pull."""
+    play = {"gradient": digits_gradient, "start": [0.0] * 640, "lr": 0.5}
+    at_pull, after_push = (
+        functools.partial(dc_asgd_c, strength=5.0, backup=backup) for backup in ("pull", "push")
+    )
+    together, apart = at_once([0, 1, 2, 0, 1, 0, 2]), [0, 1, ~0, 2, ~1, ~2, 0, 1]
+    for events, same in ((together, True), (apart, False)):
+        one, other = (serve(rule, events, **play)[1] for rule in (at_pull, after_push))
+        assert torch.equal(one[-1], other[-1]) == same
+    server, _ = serve(after_push, together, **play)
+    left, _ = parallelism.leave(server, 0, 0.1, after_push)
+    assert set(server.memory) - set(left.memory) == {"backup/0"}  # a returning 0 starts afresh
+
+
+def test_a_backup_that_starts_at_zero_makes_a_huge_first_correction():
+    """A known wrong variant: the authors' table of backups starts at 0, not at w_0."""
+    push = parallelism.Push(0, 0, torch.tensor([1.0]), 1)
+    server, w = parallelism.pull(parallelism.join(parallelism.Server(torch.tensor([5.0])), 0), 0)
+    rule = functools.partial(dc_asgd_c, strength=1.0, backup="push")
+    assert parallelism.receive(server, push, 0.1, rule)[0].applied.correction_norm == 0
+    wrong = dataclasses.replace(server, memory={"backup/0": torch.zeros(1)})
+    assert parallelism.receive(wrong, push, 0.1, rule)[0].applied.correction_norm == 5
+
+
+@pytest.mark.covers("C3")
+def test_first_adaptive_correction_is_too_large_by_one_over_the_root_of_one_minus_m():
+    """Spec 5.6: MeanSquare starts at 0 and is not corrected for it, so λ_1 = λ_0/√((1−m)g² + ε)."""
+    m, g = 0.95, torch.tensor([-0.4, 2.0], dtype=torch.float64)
+    seen = []
+    for pushes in (2, 400):  # the first push has displacement 0, so look at the second
+        server, path = serve(
+            functools.partial(dc_asgd_a, strength=0.1, decay=m, epsilon=0.0),
+            at_once([0, 1] * (pushes // 2)),
+            lambda weights, k: g,
+            workers=2,
+            start=[1.0, 1.0],
+        )
+        d = path[-2] - (path[-3] if pushes > 2 else torch.ones(2, dtype=torch.float64))
+        seen.append(((path[-2] - path[-1]) / 0.1 - g) / (0.1 * g.abs() * d))
+    after_two = 1 / math.sqrt((1 - m) * (1 + m))
+    assert torch.allclose(seen[0], torch.full_like(g, after_two))
+    assert torch.allclose(seen[1], torch.ones(2, dtype=torch.float64), rtol=1e-6)
+    _, lone = serve(
+        functools.partial(dc_asgd_a, strength=2.0, decay=m, backup="push", epsilon=0.09),
+        [0],
+        lambda weights, k: g,
+        start=[1.0, 1.0],
+    )
+    assert torch.equal(lone[0], 1 - 0.1 * g)
+    first = diagonal_curvature(g, 2.0, (1 - m) * g * g, epsilon=0.09)
+    assert torch.allclose(first, 2 * g * g / torch.sqrt(0.05 * g * g + 0.09))
+
+
+def test_without_curvature_the_constant_rule_is_the_spring():
+    play = {"events": at_once([0, 1, 2, 2, 1, 0, 1]), "start": [0.0] * 640}
+    rule = functools.partial(dc_asgd_c, strength=0.7, curvature="none", cap=None)
+    _, path = serve(rule, gradient=digits_gradient, **play)
+    spring = functools.partial(parallelism.spring, strength=0.7)
+    _, expected = serve(spring, gradient=digits_gradient, **play)
+    assert all(torch.equal(a, b) for a, b in zip(path, expected, strict=True))
+    _, plain = serve(parallelism.asgd, gradient=digits_gradient, **play)
+    assert not torch.allclose(path[-1], plain[-1])
+
+
+@pytest.mark.covers("C1")
+@rules
+def test_exact_hessian_products_make_delayed_steps_on_a_quadratic_the_fresh_ones(rule):
+    """Spec 5.4, through the server: five workers follow one, whatever the order."""
+    half = draw(5, 4, 4)
+    hessian = half @ half.T / 4
+    gradient = lambda weights, k: hessian @ weights
+    oracle = functools.partial(rule, curvature=lambda push, displacement: hessian @ displacement)
+    order = [3, 0, 0, 4, 1, 2, 3, 3, 0, 4, 1, 1, 2]
+    play = {"gradient": gradient, "start": draw(6, 4).tolist()}
+    _, path = serve(oracle, at_once(order), workers=5, **play)
+    _, fresh = serve(parallelism.sgd, at_once([0] * len(order)), workers=1, **play)
+    _, stale = serve(parallelism.asgd, at_once(order), workers=5, **play)
+    assert torch.allclose(torch.stack(path), torch.stack(fresh), atol=1e-13)
+    assert not torch.allclose(stale[-1], fresh[-1], atol=1e-2)
+
+
+@rules
+def test_a_rule_reports_its_correction_and_writes_into_nothing(rule):
+    start, _ = serve(rule, at_once([0, 1]), digits_gradient, start=[0.0] * 640)
+    g = digits_gradient(start.backups[2], 9) * 100
+    before = copy.deepcopy(start.to_dict())
+    push = parallelism.Push(2, start.pulled[2], g, 8)
+    after, _ = parallelism.receive(start, push, 0.5, functools.partial(rule, strength=3.0))
+    assert str(before) == str(start.to_dict())
+    correction = (start.weights - after.weights) / 0.5 - g
+    assert after.applied.correction_norm == pytest.approx(correction.norm().item())
+    assert after.applied.staleness == 2
+    assert 0 < after.applied.capped < 1  # pixels that are always white have no gradient
+    d = (start.weights - start.backups[2]).abs()
+    assert bool((correction.abs() <= d / 0.5 + 1e-9).all())  # gain 1 and no more
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_mean_square():
+    """Spec 5.25."""
+    server, _ = serve(dc_asgd_a, at_once([0, 1]), digits_gradient, start=[0.0] * 640)
+    bad = parallelism.Push(2, server.pulled[2], torch.full((640,), math.nan).double(), 8)
+    after, served = parallelism.receive(server, bad, 0.1, dc_asgd_a)
+    assert served == (2,)
+    assert torch.equal(after.weights, server.weights)
+    assert torch.equal(after.memory["mean_square"], server.memory["mean_square"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strength": -2.0}, r"dc_asgd_a: expected strength in \[0, inf\], got -2.0"),
+        ({"decay": 1.0}, r"dc_asgd_a: expected decay in \[0, 1\), got 1.0"),
+        ({"epsilon": -1e-7}, r"dc_asgd_a: expected epsilon in \[0, inf\]"),
+        ({"cap": 0.0}, "dc_asgd_a: expected cap positive and finite, got 0.0"),
+        ({"backup": "never"}, "dc_asgd_a: expected backup to be one of 'pull', 'push', got 'never"),
+        ({"mean_square": "own"}, "dc_asgd_a: expected mean_square to be one of 'global', 'worker'"),
+        ({"curvature": "hessian"}, "diagonal_curvature: expected curvature to be one of 'squared'"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_options_that_no_rule_can_use_are_refused(options, message):
+    for use in (
+        lambda: serve(functools.partial(dc_asgd_a, **options), [0], lambda w, k: w),
+        lambda: DCASGD([torch.ones(1, requires_grad=True)], **options),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
 # ---- one process with a delay ----
 
 
@@ -256,11 +531,11 @@ def test_delayed_sgd_on_a_parabola_turns_unstable_at_the_known_step():
         w = torch.ones(2, dtype=torch.float64, requires_grad=True)
         optimizer = DCASGD([w], lr=edge, delay=delay, strength=0.0)
         sizes = []
-        for _ in range(1200):
+        for _ in range(500):
             w.grad = h * w.detach()
             optimizer.step()
             sizes.append(w.detach().abs())
-        middle, end = (torch.stack(sizes[k - 100 : k]).amax(dim=0) for k in (600, 1200))
+        middle, end = (torch.stack(sizes[k - 100 : k]).amax(dim=0) for k in (250, 500))
         assert (end > middle).tolist() == [False, True], delay
 
 
@@ -332,23 +607,30 @@ def test_weight_decay_pulls_on_the_present_weights_and_never_enters_the_curvatur
         w.grad = torch.zeros(1)
         optimizer.step()
         assert w.item() == pytest.approx(expected)
-    assert optimizer.state[w]["mean_square"].item() == 0
+    assert optimizer.state[w]["memory"]["mean_square"].item() == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lr": -1.0}, r"expected lr in \[0, inf\], got -1.0"),
-        ({"delay": -1}, "expected delay of at least 0, got -1"),
-        ({"strength": -2.0}, r"expected strength in \[0, inf\], got -2.0"),
-        ({"decay": 1.0}, r"expected decay in \[0, 1\), got 1.0"),
-        ({"epsilon": -1e-7}, r"expected epsilon in \[0, inf\]"),
-        ({"cap": 0.0}, "expected cap positive and finite, got 0.0"),
-        ({"curvature": "permuted"}, "expected curvature to be one of 'squared', 'absolute'"),
-        ({"weight_decay": -1.0}, "expected weight_decay in"),
-    ],
-    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
-)
-def test_options_outside_their_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=f"DCASGD: {message}"):
-        DCASGD([torch.ones(1, requires_grad=True)], **options)
+@pytest.mark.parametrize("rule", [parallelism.asgd, dc_asgd_c, dc_asgd_a], ids=lambda r: r.__name__)
+def test_the_optimizer_with_delay_is_so_many_workers_that_take_turns(rule):
+    delay, steps = 3, 20
+    options = {"asgd": {"strength": 0.0}, "dc_asgd_c": {"strength": 0.04, "decay": None}}
+    w = torch.zeros(640, dtype=torch.float64, requires_grad=True)
+    optimizer = DCASGD([w], lr=0.2, delay=delay, **options.get(rule.__name__, {}))
+    ours = []
+    for k in range(steps + delay):
+        w.grad = digits_gradient(w.detach(), k)
+        optimizer.step()
+        ours.append(w.detach().clone())
+    order = [k % (delay + 1) for k in range(steps)]
+    _, theirs = serve(rule, at_once(order), digits_gradient, workers=4, lr=0.2, start=[0.0] * 640)
+    assert torch.equal(torch.stack(ours[delay:]), torch.stack(theirs))
+
+
+def test_rate_and_delay_out_of_range_are_refused_and_so_is_an_unknown_option():
+    w = [torch.ones(1, requires_grad=True)]
+    with pytest.raises(ValueError, match=r"DCASGD: expected lr in \[0, inf\], got -1.0"):
+        DCASGD(w, lr=-1.0)
+    with pytest.raises(ValueError, match="DCASGD: expected delay of at least 0, got -1"):
+        DCASGD(w, delay=-1)
+    with pytest.raises(TypeError, match="nesterov"):
+        DCASGD(w, nesterov=True)
