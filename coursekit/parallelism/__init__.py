@@ -3,6 +3,10 @@
 ``server``    what every parameter server does, whatever its rule
 ``rules``     updates: what is done with a gradient that arrives
 ``gates``     when another rule is called, and with which gradient: SSGD, backups, SSP, clipping
+``work``      what workers do: their batches and gradients
+``simulate``  a cluster in virtual time
+``times``     how long computing and messages take in virtual time
+``log``       what a run leaves behind
 ``packing``   weights as one flat vector
 """
 
@@ -19,6 +23,7 @@ from coursekit.parallelism.gates import (
     stale_synchronous,
     staleness_aware,
 )
+from coursekit.parallelism.log import Event, Log, Row
 from coursekit.parallelism.packing import load_, pack, score_on, trainable, unpack
 from coursekit.parallelism.rules import asgd, easgd, ormo, sgd, spring
 from coursekit.parallelism.server import (
@@ -34,3 +39,15 @@ from coursekit.parallelism.server import (
     restart,
     step,
 )
+from coursekit.parallelism.simulate import Fault, simulate
+from coursekit.parallelism.times import (
+    constant,
+    gamma,
+    lognormal,
+    pauses,
+    replay,
+    shifted_exponential,
+    straggler,
+    stream,
+)
+from coursekit.parallelism.work import Shards, gradient, gradients, objective
