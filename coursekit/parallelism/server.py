@@ -155,8 +155,9 @@ def receive(server: Server, push: Push, lr: float, rule: Rule) -> tuple[Server, 
         server,
         awaited=server.awaited - {push.worker},
         clocks={**server.clocks, push.worker: server.clocks[push.worker] + 1},
+        counts={**server.counts, "accepted": server.counts.get("accepted", 0) + 1},
     )
-    return rule(count(server, "accepted"), push, lr)
+    return rule(server, push, lr)
 
 
 TOLD_TO_PULL = ("epoch", "length", "version", "nonfinite")
@@ -280,28 +281,27 @@ def step(
     Server
         With `Applied` filled in.
     """
-    backup = server.backups[push.worker] if backup is None else backup
-    displacement, memory, capped = server.weights - backup, server.memory, 0.0
-    direction, correction_norm = push.gradient, torch.zeros_like(push.gradient[0])
+    displacement = server.weights - (server.backups[push.worker] if backup is None else backup)
+    direction, memory, capped = push.gradient, server.memory, 0.0
+    logged = [displacement, push.gradient]
     if correct is not None:
         correction, memory, capped = correct(push.gradient, displacement, memory)
         direction = direction + correction
-        correction_norm = torch.linalg.vector_norm(correction)
+        logged.append(correction)
     if weight_decay:
         direction = direction + weight_decay * server.weights
     if momentum:
         old = memory.get("momentum_buffer")
         direction = direction if old is None else momentum * old + direction
         memory = {**memory, "momentum_buffer": direction}
-    distance, gradient_norm = map(torch.linalg.vector_norm, (displacement, push.gradient))
-    norms = torch.stack((distance, gradient_norm, correction_norm)).tolist()
+    norms = torch.stack([torch.linalg.vector_norm(vector) for vector in logged]).tolist()
     applied = Applied(
         worker=push.worker,
         samples=push.samples,
         staleness=server.version - push.version,
         distance=norms[0],
         gradient_norm=norms[1],
-        correction_norm=norms[2],
+        correction_norm=norms[2] if correct is not None else 0.0,
         capped=capped,
         loss=push.loss,
     )

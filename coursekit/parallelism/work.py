@@ -7,9 +7,9 @@ import copy
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, vmap
 
 from coursekit import train
 from coursekit.parallelism.packing import Vector, pack, trainable, unpack
@@ -108,10 +108,9 @@ def objective(model: nn.Module | Tensor, loss: Callable, device: str | torch.dev
 def gradient(
     objective: Objective,
     weights: Vector,
-    x: Float[Tensor, "steps batch ..."] | Int[Tensor, "steps batch ..."],
-    y: Tensor,
+    x: Shaped[Tensor, "steps batch ..."],
+    y: Shaped[Tensor, "steps batch ..."],
     lr: float | Tensor,
-    differentiate: Callable | None = None,
 ) -> tuple[Vector, Tensor]:
     """Return a worker's (pseudo-)gradient and its mean loss.
 
@@ -127,38 +126,37 @@ def gradient(
         One batch a local step, of shape (steps, batch, ...).
     lr
         Of the local steps.
-    differentiate
-        Maps (objective, weights, x, y) to gradient and loss; ordinary autograd unless given.
 
     Returns
     -------
     (gradient, loss)
     """
-    differentiate = differentiate or _autograd
-    local, losses = weights, []
+    return _gradient(objective, weights, x, y, lr)
+
+
+def _gradient(objective, weights, x, y, lr):
+    """Serve one worker and, since the gradient of a sum of losses falls apart, many."""
+    local, total = weights, 0.0
     for x_batch, y_batch in zip(x, y, strict=True):
-        slope, value = differentiate(objective, local, x_batch, y_batch)
-        losses.append(value)
-        if len(x) > 1:
-            local = local - lr * slope
-    return (slope if len(x) == 1 else (weights - local) / lr), torch.stack(losses).mean()
-
-
-def _autograd(objective, weights, x, y):
-    leaf = weights.detach().requires_grad_()
-    value = objective(leaf, x, y)
-    (slope,) = torch.autograd.grad(value, leaf)
-    return slope, value.detach()
+        leaf = local.detach().requires_grad_()
+        losses = objective(leaf, x_batch, y_batch)
+        (slope,) = torch.autograd.grad(losses.sum(), leaf)
+        total = total + losses.detach()
+        local = local - lr * slope if len(x) > 1 else local
+    return (slope if len(x) == 1 else (weights - local) / lr), total / len(x)
 
 
 def gradients(
     objective: Objective,
-    weights: Float[Tensor, "stack n"],
-    x: Float[Tensor, "stack steps batch ..."] | Int[Tensor, "stack steps batch ..."],
-    y: Tensor,
-    lr: Float[Tensor, " stack"],
-) -> tuple[Float[Tensor, "stack n"], Float[Tensor, " stack"]]:
+    weights: Float[Tensor, "workers n"],
+    x: Shaped[Tensor, "workers steps batch ..."],
+    y: Shaped[Tensor, "workers steps batch ..."],
+    lr: Float[Tensor, " workers"],
+) -> tuple[Float[Tensor, "workers n"], Float[Tensor, " workers"]]:
     """Return the `gradient` of several workers, each at its own weights, computed as one.
+
+    Their losses are one `vmap`; no loss depends on another's weights, so the gradient of the sum
+    holds the gradient of each.
 
     Parameters
     ----------
@@ -171,11 +169,5 @@ def gradients(
     -------
     (gradients, losses)
     """
-
-    def differentiate(objective, weights, x, y):
-        return grad_and_value(objective)(weights, x, y)
-
-    def one(weights, x, y, lr):
-        return gradient(objective, weights, x, y, lr, differentiate)
-
-    return vmap(one, chunk_size=STACK)(weights, x, y, lr)
+    together = vmap(objective, chunk_size=STACK)
+    return _gradient(together, weights, x.transpose(0, 1), y.transpose(0, 1), lr[:, None])
