@@ -8,8 +8,29 @@
 ``times``     how long computing and messages take in virtual time
 ``log``       what a run leaves behind
 ``packing``   weights as one flat vector
+``collectives``  sums over ranks, made of sends and receives, and their cost
+``pipeline``  stages, their schedule and bubble; layouts of many ranks
+``compression``  the largest entries, sketches, error feedback; what a gradient gives away
 """
 
+from coursekit.parallelism.collectives import (
+    CountedGroup,
+    all_reduce_cost,
+    amdahl_speedup,
+    copy_to_ranks,
+    ring_all_reduce,
+    run_ranks,
+    server_all_reduce,
+    sum_over_ranks,
+)
+from coursekit.parallelism.compression import (
+    CountSketch,
+    count_sketch,
+    error_feedback,
+    match_gradient,
+    recover_input,
+    top_k,
+)
 from coursekit.parallelism.gates import (
     backup_workers,
     clipped,
@@ -25,6 +46,13 @@ from coursekit.parallelism.gates import (
 )
 from coursekit.parallelism.log import Event, Log, Row
 from coursekit.parallelism.packing import load_, pack, score_on, trainable, unpack
+from coursekit.parallelism.pipeline import (
+    idle_share,
+    layout,
+    peak_activations,
+    pipeline_bubble,
+    pipeline_schedule,
+)
 from coursekit.parallelism.rules import asgd, easgd, ormo, sgd, spring
 from coursekit.parallelism.server import (
     Applied,
