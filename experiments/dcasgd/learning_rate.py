@@ -1,6 +1,6 @@
 """What delay costs and what mends it: twelve server rules, each at its own learning rate.
 
-    python experiments/dcasgd/learning_rate.py                  # an hour of one core
+    python experiments/dcasgd/learning_rate.py                  # half an hour of a free core
     python experiments/dcasgd/learning_rate.py --methods asgd   # part of it, kept in --runs
     python experiments/dcasgd/learning_rate.py --smoke          # seconds, writes nothing
 
@@ -44,7 +44,7 @@ from coursekit.experiment import Record
 from coursekit.parallelism.simulate import simulate
 from coursekit.parallelism.times import gamma
 
-TRAIN, HELD_OUT, BATCH, PUSHES, WORKERS = 12_800, 5_000, 32, 2_000, 8
+TRAIN, HELD_OUT, BATCH, PUSHES, WORKERS = 12_800, 5_000, 32, 1_200, 8
 SEEDS, TUNING_SEEDS = (0, 1, 2, 3, 4), (100, 101)
 ORIGIN, STEP = 0.1, 2**0.5  # rates are ORIGIN * STEP**k
 MAIN = ("sgd", "asgd", "dc_a", "dc_a10", "clip", "spring")  # five seeds beside the best rate too
