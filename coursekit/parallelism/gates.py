@@ -39,7 +39,7 @@ def merge(pushes: Iterable[Push]) -> Push:
 
 
 def _hold(server: Server, push: Push | None) -> Server:
-    return server if push is None else replace(server, held=(*server.held, push))
+    return server if push is None else server.but(held=(*server.held, push))
 
 
 def _release(
@@ -48,7 +48,7 @@ def _release(
     """Apply held gradients as one and serve all their workers."""
     workers = {push.worker for push in pushes}
     held = tuple(push for push in server.held if push.worker not in workers)
-    server, _ = update(replace(server, held=held), merge(pushes), lr)
+    server, _ = update(server.but(held=held), merge(pushes), lr)
     return server, tuple(sorted(workers))
 
 
@@ -172,11 +172,11 @@ def stale_synchronous(
     _check.integer("stale_synchronous", "bound", bound, at_least=0)
     if push is not None:
         server, served = update(server, push, lr)
-        server = replace(server, waiting=(*server.waiting, *served))
+        server = server.but(waiting=(*server.waiting, *served))
     slowest = min(server.clocks[m] for m in server.workers)
     ahead = tuple(m for m in server.waiting if server.clocks[m] - slowest > bound)
     go_on = tuple(m for m in server.waiting if m not in ahead)
-    return replace(server, waiting=ahead), go_on
+    return server.but(waiting=ahead), go_on
 
 
 # ---- gates that change or drop a gradient ----
@@ -264,7 +264,7 @@ def gap_aware(
     seen = seen + torch.stack((norm, torch.ones_like(norm)))
     distance = torch.linalg.vector_norm(server.weights - server.backups[push.worker])
     gap = distance / (lr * seen[0] / seen[1]) if distance > 0 else torch.zeros_like(norm)
-    server = replace(server, memory={**server.memory, "norms_and_count": seen})
+    server = server.but(memory={**server.memory, "norms_and_count": seen})
     return update(server, replace(push, gradient=push.gradient / (1 + gap)), lr)
 
 

@@ -5,8 +5,6 @@ A rule is ``(server, push, lr) -> (server, workers to be served now)``; its opti
 the last bit. The rules of `coursekit.parallelism.gates` decide when these are called.
 """
 
-from dataclasses import replace
-
 import torch
 
 from coursekit.parallelism.server import Push, Served, Server, step
@@ -136,4 +134,4 @@ def easgd(server: Server, push: Push, lr: float, *, force: float) -> tuple[Serve
         return elastic - gradient, memory, 0.0
 
     personal = {**server.personal, push.worker: own + lr * elastic}
-    return replace(step(server, push, lr, correct), personal=personal), (push.worker,)
+    return step(server, push, lr, correct).but(personal=personal), (push.worker,)

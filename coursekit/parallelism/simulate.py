@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from coursekit import _check, train
@@ -89,14 +90,18 @@ class _Run:
     def next_event(self) -> None:
         event = heapq.heappop(self.heap)
         worker = self.workers.setdefault(event.worker, _Worker())
-        if event.kind not in FAULTS and not self.scripted and event.number != worker.step:
-            return  # of a gradient that was given up: the worker died or was served again
+        if event.kind not in FAULTS and not self.scripted and self.void(event, worker):
+            return
         if event.kind == "compute" and event.clock < worker.done_at:  # it was paused meanwhile
             heapq.heappush(self.heap, event._replace(clock=worker.done_at))
             return
         self.clock = event.clock
         self.log.events.append(event)
         getattr(self, f"on_{event.kind}")(event.worker, worker, event)
+
+    def void(self, event: Event, worker: _Worker) -> bool:
+        """Tell whether an event is of work given up: the worker died or was served again."""
+        return event.number != worker.step or event.worker not in self.log.server.workers
 
     # ---- what happens to a worker ----
 
@@ -144,7 +149,7 @@ class _Run:
     def on_death(self, m: int, worker: _Worker, event: Event) -> None:
         server = self.log.server
         self.log.server, served = leave(server, m, self.lr(server.samples), self.rule)
-        self.workers[m] = _Worker(step=worker.step + 1)
+        self.workers[m] = _Worker(step=worker.step)
         self.pending.pop(m, None)
         self.after_rule(server.version, served)
 
@@ -221,8 +226,8 @@ class _Run:
 def simulate(
     model: nn.Module | Tensor,
     loss: Callable,
-    x: Tensor,
-    y: Tensor,
+    x: Shaped[Tensor, "examples ..."],
+    y: Shaped[Tensor, "examples ..."],
     *,
     rule: Rule,
     workers: int,
@@ -266,7 +271,7 @@ def simulate(
         Of the data order and augmentation; of computing and network times (the former unless
         given). Worker m's k-th batch and k-th time depend on (seed, m, k) alone.
     times, network
-        Time of a local step; of a message in one direction, none unless given. 10 ms unless given.
+        Time of a local step, 10 ms unless given; of a message in one direction, none unless given.
     server_time
         How many ns the server, which does one thing at a time, needs for a push.
     separate_pull
@@ -297,8 +302,8 @@ def simulate(
     Raises
     ------
     ValueError
-        For an order in which a worker pushes what it does not have, and a model with running
-        statistics or dropout in training mode.
+        For an order in which a worker pushes what it does not have, a log of another run to
+        resume, and a model with running statistics or dropout in training mode.
     RuntimeError
         If nobody is left to go on.
 
@@ -317,6 +322,8 @@ def simulate(
     _check.integer("simulate", "server_time", server_time, at_least=0)
     for fault in faults:
         _check.one_of("simulate", "fault", fault.kind, FAULTS)
+    if order is not None and faults:
+        raise ValueError("simulate: expected order or faults, got both; a trace has its faults")
     start, of_weights = objective(model, loss, device)
     time_seed = seed if time_seed is None else time_seed
     everyone = max([workers - 1, *(fault.worker for fault in faults)]) + 1
@@ -338,7 +345,11 @@ def simulate(
         log=Log(Server(start)) if resume is None else Log.from_dict(resume.to_dict()),
     )
     log = run.log
+    fixed = dict(seed=seed, time_seed=time_seed, batch_size=batch_size, local_steps=local_steps)
     if resume is not None:
+        if resume.state.get("fixed") != fixed:
+            was = resume.state.get("fixed")
+            raise ValueError(f"simulate: expected to resume a run with {fixed}, got one with {was}")
         run.restore(resume.state)
     else:
         for i, entry in enumerate(order or ()):
@@ -359,5 +370,5 @@ def simulate(
         run.next_event()
     if log.server.samples < samples and not (log.diverged or run.scripted):
         raise RuntimeError(f"simulate: expected a worker to go on, got none at {run.clock} ns")
-    log.state = run.state()
+    log.state = run.state() | {"fixed": fixed}
     return log
