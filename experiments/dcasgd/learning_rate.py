@@ -153,7 +153,7 @@ class Runs:
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, method: str, k: int, seed: int, **options) -> dict:
-        name = "_".join(map(str, (method, k, seed, *options.values())))
+        name = "_".join(map(str, (method, PUSHES, k, seed, *options.values())))
         file = self.folder / f"{name}.json"
         if not file.exists():
             result = run(method, ORIGIN * STEP**k, seed, **options)
