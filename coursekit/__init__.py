@@ -20,6 +20,7 @@ Chapter floor, one room a chapter:
 ``dcasgd``      gradients that come late, and what corrects or only damps them
 ``dropout``     random thinned networks, their average, and what it is on a linear model
 ``generalization``  which minimum training finds, how wide it is, and which step it allows
+``gsgd``        rescaling that a network does not feel, its paths, and descent on path values
 ``initialization``  where training starts, what depth does to a signal, and the theory
 ``normalization``  batch, layer, group, instance and RMS norm; the condition number
 ``optimizers``  directions of a step, the classes that take it, schedules, Newton's step
