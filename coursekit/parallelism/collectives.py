@@ -150,16 +150,18 @@ def ring_all_reduce(x: Tensor, group: Any = None) -> Tensor:
     """
     group = dist.group.WORLD if group is None else group
     rank, size = group.rank(), group.size()
-    chunks = list(x.detach().reshape(-1).tensor_split(size))
+    total = x.detach().reshape(-1).clone()
+    chunks = total.tensor_split(size)
     for step in range(2 * (size - 1)):
-        mine, theirs = (rank - step) % size, (rank - step - 1) % size
-        received = torch.empty_like(chunks[theirs])
-        sending = group.send([chunks[mine]], (rank + 1) % size, 0)
+        mine, theirs = chunks[(rank - step) % size], chunks[(rank - step - 1) % size]
+        adding = step < size - 1  # reduce-scatter, then all-gather
+        received = torch.empty_like(theirs) if adding else theirs
+        sending = group.send([mine], (rank + 1) % size, 0)
         group.recv([received], (rank - 1) % size, 0).wait()
         sending.wait()
-        adding = step < size - 1  # reduce-scatter, then all-gather
-        chunks[theirs] = chunks[theirs] + received if adding else received
-    return torch.cat(chunks).view(x.shape)
+        if adding:
+            theirs += received
+    return total.view(x.shape)
 
 
 def server_all_reduce(x: Tensor, group: Any = None) -> Tensor:
