@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from coursekit import _check
-from coursekit.gsgd.skeleton import Skeleton
+from coursekit.gsgd.skeleton import Skeleton, leaves
 
 
 def _by_layer(skeleton: Skeleton, rows: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
@@ -202,7 +202,7 @@ def _perceptron(function: str, net: nn.Module) -> Skeleton:
 def _slopes(net: nn.Module, x: Tensor) -> list[Tensor]:
     """σ(z) / z after each linear layer, by the forward pass; 0 where z = 0."""
     slopes: list[Tensor] = []
-    for module in (m for m in net.modules() if not isinstance(m, nn.Sequential)):
+    for _, module in filter(None, leaves(net)):
         z, x = x, module(x)
         if isinstance(module, nn.Linear):
             slopes.append(torch.ones_like(x))

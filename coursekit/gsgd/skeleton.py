@@ -205,22 +205,24 @@ class Skeleton:
             self.choose_(self.chosen())
 
 
-def _leaves(module: nn.Module, name: str, paper: bool) -> Iterator[tuple[str, nn.Module] | None]:
+def leaves(
+    module: nn.Module, name: str = "", paper: bool = False
+) -> Iterator[tuple[str, nn.Module] | None]:
     """Go through layers in order, with None where the nodes must keep their scale."""
     dot = f"{name}." if name else ""
     if isinstance(module, nn.Sequential):
         in_blocks = False
-        for key, child in module.named_children():
+        for key, child in zip(module._modules, module, strict=True):  # a shared one each time
             if paper and in_blocks != isinstance(child, BasicBlock):
                 yield None
             in_blocks = isinstance(child, BasicBlock)
-            yield from _leaves(child, dot + key, paper)
+            yield from leaves(child, dot + key, paper)
     elif isinstance(module, BasicBlock):
         wider = module.conv1.weight.shape[0] != module.conv1.weight.shape[1]
         if module.shortcut is not None or (paper and wider):
             yield None
         for part in ("conv1", "norm1", "conv2", "norm2"):
-            yield from _leaves(getattr(module, part), dot + part, paper)
+            yield from leaves(getattr(module, part), dot + part, paper)
         if module.shortcut is not None:
             yield None
     else:
@@ -231,7 +233,7 @@ def _runs(net: nn.Module, paper: bool) -> list[list[Layer]]:
     """Read the chains of layers off a network, or name the layer that is in the way."""
     runs: list[list[Layer]] = [[]]
     seen = set()
-    for leaf in _leaves(net, "", paper):
+    for leaf in leaves(net, paper=paper):
         run = runs[-1]
         if leaf is None:
             runs.append([])
