@@ -22,6 +22,8 @@ from coursekit.dcasgd import (
     dc_asgd_c,
     diagonal_curvature,
 )
+from coursekit.parallelism.simulate import simulate
+from coursekit.parallelism.times import gamma
 
 X, Y, _, _ = data.load("digits").tensors(dtype=torch.float64)
 
@@ -495,6 +497,42 @@ def test_options_that_no_rule_can_use_are_refused(options, message):
     ):
         with pytest.raises(ValueError, match=message):
             use()
+
+
+# ---- in the simulator ----
+
+
+def cluster(rule, workers, updates, **options):
+    """Train an MLP on digits with gamma times; return the log."""
+    return simulate(
+        *(network(), cross_entropy, X, Y),
+        **dict(rule=rule, workers=workers, lr=0.2, batch_size=16, samples=16 * updates),
+        **dict(times=gamma(10_000_000, 0.3), **options),
+    )
+
+
+@rules
+@pytest.mark.parametrize(("workers", "strength"), [(1, 9.0), (5, 0.0)])
+def test_in_the_simulator_too_the_limits_are_reached_to_the_last_bit(rule, workers, strength):
+    """Spec 5.1 and 5.2: M = 1 is SGD, λ = 0 is ASGD; and otherwise something is corrected."""
+    log = cluster(functools.partial(rule, strength=strength), workers, 40)
+    expected = cluster(parallelism.asgd, workers, 40)
+    assert torch.equal(log.server.weights, expected.server.weights)
+    assert not log.column("correction_norm").any()
+    other = cluster(functools.partial(rule, strength=9.0), 5, 40)
+    assert not torch.equal(other.server.weights, expected.server.weights)
+
+
+@rules
+def test_a_saved_run_goes_on_with_its_backups_and_mean_square(rule, tmp_path):
+    """Spec 5.18."""
+    rule = functools.partial(rule, strength=3.0, backup="push")
+    whole = cluster(rule, 3, 40)
+    cluster(rule, 3, 15).save(tmp_path / "log.pt")
+    again = cluster(rule, 3, 40, resume=parallelism.Log.load(tmp_path / "log.pt"))
+    assert torch.equal(whole.server.weights, again.server.weights)
+    assert whole.rows == again.rows
+    assert "backup/2" in again.server.memory
 
 
 # ---- one process with a delay ----
