@@ -44,7 +44,7 @@ from coursekit.parallelism.gates import (
     stale_synchronous,
     staleness_aware,
 )
-from coursekit.parallelism.log import Event, Log, Row
+from coursekit.parallelism.log import Event, Log
 from coursekit.parallelism.packing import load_, pack, score_on, trainable, unpack
 from coursekit.parallelism.pipeline import (
     idle_share,
@@ -55,9 +55,9 @@ from coursekit.parallelism.pipeline import (
 )
 from coursekit.parallelism.rules import asgd, easgd, ormo, sgd, spring
 from coursekit.parallelism.server import (
-    Applied,
     Correction,
     Push,
+    Row,
     Rule,
     Server,
     join,

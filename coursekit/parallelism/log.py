@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from coursekit import _check
-from coursekit.parallelism.server import Server
+from coursekit.parallelism.server import Row, Server
 
 
 class Event(NamedTuple):
@@ -27,22 +27,6 @@ class Event(NamedTuple):
     kind: str
     worker: int
     number: int = 0
-
-
-class Row(NamedTuple):
-    """One update: when, the server's version and samples after it, and `Applied`."""
-
-    clock: int
-    version: int
-    samples: int
-    worker: int
-    batch: int
-    staleness: int
-    distance: float
-    gradient_norm: float
-    correction_norm: float
-    capped: float
-    loss: float
 
 
 ORDER = ("server", "death", "join", "nan")  # events that make the weights what they are
@@ -80,14 +64,9 @@ class Log:
 
     def record(self, clock: int) -> None:
         """Append a row about the server's last update."""
-        server, applied = self.server, self.server.applied
-        if applied is None:
+        if self.server.applied is None:
             raise RuntimeError("record: expected a server that has made an update")
-        norms = applied.distance, applied.gradient_norm, applied.correction_norm
-        about = applied.worker, applied.samples, applied.staleness, *norms
-        self.rows.append(
-            Row(clock, server.version, server.samples, *about, applied.capped, applied.loss)
-        )
+        self.rows.append(self.server.applied._replace(clock=clock))
 
     def column(self, name: str) -> np.ndarray:
         """Return one field of all rows."""

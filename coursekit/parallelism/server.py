@@ -8,7 +8,7 @@ the rule, ``(server, push, lr) -> (server, workers to be served now)``, as an ar
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -38,22 +38,25 @@ class Push:
     rows: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Applied:
-    """What the last update was made of, one row of a `Log`.
+class Row(NamedTuple):
+    """What an update was made of, and the server after it; `Log` adds the clock time in ns.
 
-    ``staleness`` counts the updates since the gradient's weights were pulled (the oldest one of a
-    group), ``distance`` is ‖w − w_bak‖, ``capped`` the share of coordinates with a bounded gain.
+    ``batch`` counts the examples of this update, ``samples`` those of all. ``staleness`` counts the
+    updates since the gradient's weights were pulled (the oldest one's of a group), ``distance`` is
+    ‖w − w_bak‖, ``capped`` the share of coordinates whose gain was bounded.
     """
 
-    worker: int
+    version: int
     samples: int
+    worker: int
+    batch: int
     staleness: int
     distance: float
     gradient_norm: float
     correction_norm: float
     capped: float
     loss: float
+    clock: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +103,7 @@ class Server:
     memory: Memory = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     epoch: int = 0
-    applied: Applied | None = None
+    applied: Row | None = None
 
     def but(self, **changes: Any) -> "Server":
         """Return a server that differs in these fields; ten times as fast as `replace`."""
@@ -113,7 +116,7 @@ class Server:
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         plain["workers"], plain["awaited"] = sorted(self.workers), sorted(self.awaited)
         plain["held"] = [dict(vars(push)) for push in self.held]
-        plain["applied"] = dict(vars(self.applied)) if self.applied else None
+        plain["applied"] = self.applied and tuple(self.applied)
         return plain
 
     @classmethod
@@ -124,7 +127,7 @@ class Server:
             "awaited": frozenset(plain["awaited"]),
             "held": tuple(Push(**push) for push in plain["held"]),
             "waiting": tuple(plain["waiting"]),
-            "applied": Applied(**plain["applied"]) if plain["applied"] else None,
+            "applied": plain["applied"] and Row(*plain["applied"]),
         })  # fmt: skip
 
 
@@ -281,39 +284,41 @@ def step(
     Returns
     -------
     Server
-        With `Applied` filled in.
+        With a new `Row` in ``applied``.
     """
     displacement = server.weights - (server.backups[push.worker] if backup is None else backup)
     direction, memory, capped = push.gradient, server.memory, 0.0
-    logged = [displacement, push.gradient]
+    correction = None
     if correct is not None:
         correction, memory, capped = correct(push.gradient, displacement, memory)
         direction = direction + correction
-        logged.append(correction)
     if weight_decay:
         direction = direction + weight_decay * server.weights
     if momentum:
         old = memory.get("momentum_buffer")
         direction = direction if old is None else momentum * old + direction
         memory = {**memory, "momentum_buffer": direction}
-    norms = torch.stack([torch.linalg.vector_norm(vector) for vector in logged]).tolist()
-    applied = Applied(
+    row = Row(
+        version=server.version + 1,
+        samples=server.samples + push.samples,
         worker=push.worker,
-        samples=push.samples,
+        batch=push.samples,
         staleness=server.version - push.version,
-        distance=norms[0],
-        gradient_norm=norms[1],
-        correction_norm=norms[2] if correct is not None else 0.0,
+        **_norms(distance=displacement, gradient_norm=push.gradient, correction_norm=correction),
         capped=capped,
         loss=push.loss,
     )
+    weights = server.weights - lr * direction
     return server.but(
-        weights=server.weights - lr * direction,
-        version=server.version + 1,
-        samples=server.samples + push.samples,
-        memory=memory,
-        applied=applied,
+        weights=weights, version=row.version, samples=row.samples, memory=memory, applied=row
     )
+
+
+def _norms(**vectors: Tensor | None) -> dict[str, Any]:
+    """Return the norm of each vector by one transfer from the device; that of None is 0."""
+    there = {name: torch.linalg.vector_norm(v) for name, v in vectors.items() if v is not None}
+    norms = zip(there, torch.stack([*there.values()]).tolist(), strict=True)
+    return dict.fromkeys(vectors, 0.0) | dict(norms)
 
 
 def _without(mapping: Mapping[int, Any], worker: int) -> dict[int, Any]:
