@@ -8,6 +8,7 @@
 ``times``     how long computing and messages take in virtual time
 ``log``       what a run leaves behind
 ``packing``   weights as one flat vector
+``engines``   the same with real workers: processes, threads, Ray actors, ranks of torchrun
 ``collectives``  sums over ranks, made of sends and receives, and their cost
 ``pipeline``  stages, their schedule and bubble; layouts of many ranks
 ``compression``  the largest entries, sketches, error feedback; what a gradient gives away
@@ -31,6 +32,7 @@ from coursekit.parallelism.compression import (
     recover_input,
     top_k,
 )
+from coursekit.parallelism.engines import Status, launch
 from coursekit.parallelism.gates import (
     backup_workers,
     clipped,
