@@ -29,7 +29,7 @@ class Event(NamedTuple):
     number: int = 0
 
 
-ORDER = ("server", "death", "join", "nan")  # events that make the weights what they are
+ORDER = ("server", "ask", "death", "join", "nan")  # events that make the weights what they are
 
 
 @dataclass(eq=False)
