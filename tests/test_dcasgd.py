@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import io
 import math
 
@@ -267,6 +268,18 @@ def digits_gradient(weights, k):
 RULES = {"c": dc_asgd_c, "a": dc_asgd_a}
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 STATES = {"momentum": 0.9, "weight_decay": 0.01}
+
+
+@pytest.mark.covers("C3")
+def test_defaults_are_the_paper_s_reading_and_the_cap():
+    found = [
+        {k: p.default for k, p in inspect.signature(rule).parameters.items()}
+        for rule in (dc_asgd_c, dc_asgd_a)
+    ]
+    assert found[0]["strength"] == 0.04
+    expected = {"strength": 2.0, "decay": 0.95, "epsilon": 1e-7, "curvature": "squared"}
+    expected |= {"backup": "pull", "mean_square": "global", "cap": 1.0}
+    assert expected.items() <= found[1].items()
 
 
 @rules
@@ -577,6 +590,7 @@ def test_delayed_sgd_on_a_parabola_turns_unstable_at_the_known_step():
         assert (end > middle).tolist() == [False, True], delay
 
 
+@pytest.mark.covers("C4")
 def test_exact_curvature_makes_the_delayed_parabola_as_stable_as_the_fresh_one():
     """The Hessian of h w²/2 is h: with it, delay 5 at lr h = 1 lands on the minimum like SGD."""
     h, queue, w = 1.0, [], torch.tensor([1.0])
