@@ -22,6 +22,7 @@ Chapter floor, one room a chapter:
 ``generalization``  which minimum training finds, how wide it is, and which step it allows
 ``gsgd``        rescaling that a network does not feel, its paths, and descent on path values
 ``initialization``  where training starts, what depth does to a signal, and the theory
+``lacim``       distribution shift: LaCIM, six other methods, data of known cause, selection
 ``normalization``  batch, layer, group, instance and RMS norm; the condition number
 ``optimizers``  directions of a step, the classes that take it, schedules, Newton's step
 ``regularization``  penalties, projections, filters, augmentation, early stopping, averages

@@ -96,13 +96,12 @@ def infer_latents(
     _check.integer("infer_latents", "starts", starts, at_least=1)
     if draws and generator is None:
         raise TypeError("infer_latents: expected a generator to draw candidates from, got None")
-    noise = torch.zeros(1 + draws, model.latent)
-    if draws:
-        noise[1:] = torch.randn(draws, model.latent, generator=generator, device=generator.device)
-    parts = [
-        _solve(model, part, prior, steps, lr, starts, noise.to(x)) for part in x.split(batch_size)
-    ]
-    return Inference(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    noise = torch.zeros(1 + draws, model.latent).to(x)
+    if generator is not None:
+        draw = torch.randn(draws, model.latent, generator=generator, device=generator.device)
+        noise[1:] = draw.to(x)
+    found = [_solve(model, part, prior, steps, lr, starts, noise) for part in x.split(batch_size)]
+    return Inference(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
 def _solve(model, x, prior, steps, lr, starts, noise) -> Inference:

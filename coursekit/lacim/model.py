@@ -116,16 +116,15 @@ class LaCIM(nn.Module):
         _check.integer("LaCIM", "samples", samples, at_least=1)
         self.shape, self.domains, self.s_dim, self.latent = shape, domains, s_dim, s_dim + v_dim
         self.samples, self.class_weight, self.generator = samples, class_weight, generator
-        sizes = [width, 2 * domains * self.latent], [s_dim, hidden, outputs]
-        if decoder == "linear":
-            self.features: Any = nn.Identity()
-            sizes = [shape[0], 2 * domains * self.latent], [s_dim, outputs]
-        else:
-            made = (features or parts.backbone(shape, width))(generator=generator)
-            self.features = nn.Sequential(made, nn.ReLU())
-        self.heads, self.classifier = (models.mlp(s, generator=generator) for s in sizes)
+        linear = decoder == "linear"
+        made = nn.Identity() if linear else (features or parts.backbone(shape, width))
+        self.features: Any = made if linear else nn.Sequential(made(generator=generator), nn.ReLU())
+        heads = [shape[0] if linear else width, 2 * domains * self.latent]
+        self.heads: Any = models.mlp(heads, generator=generator)
         with torch.no_grad():  # at the start σ is about 1, whatever x
             self.heads[-1].weight.unflatten(0, (domains, 2, self.latent))[:, 1] = 0
+        head = [s_dim, *([] if linear else [hidden]), outputs]
+        self.classifier = models.mlp(head, generator=generator)
         self.prior = parts.DomainPrior(prior, domains, s_dim, v_dim, generator=generator)
         self.decoder = parts.make_decoder(decoder, s_dim, v_dim, shape, hidden, generator=generator)
         square = torch.zeros(domains, self.latent, self.latent)
