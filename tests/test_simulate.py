@@ -698,3 +698,15 @@ def test_events_at_one_time_happen_in_the_order_in_which_they_were_planned():
 def test_clipping_is_a_gate_of_the_simulator_too():
     log = run(rule=partial(clipped, max_norm=0.5))
     assert log.column("gradient_norm").max() == pytest.approx(0.5)
+
+
+def test_tied_weights_are_one_parameter_with_one_gradient():
+    _, loss, x, y = digits()
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double()
+    net[1].weight = net[0].weight
+    start, function = objective(net, loss)
+    assert len(start) == 36 + 6 + 6
+    got, _ = gradient(function, start, x[None], y[None], 0.1)
+    loss(net(x), y).backward()
+    params = trainable(net)
+    torch.testing.assert_close(got, torch.cat([params[n].grad.flatten() for n in sorted(params)]))

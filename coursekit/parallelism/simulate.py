@@ -180,9 +180,10 @@ class _Run:
 
     def compute_pending(self) -> None:
         """Compute the gradient of every worker that has weights and no gradient yet."""
-        workers = sorted(self.pending)
-        each = [self.rows(m) for m in workers]
-        rows = torch.stack(each).to(self.data[0].device)  # (workers, local steps, batch)
+        workers, count = sorted(self.pending), self.local_steps
+        places = [(m, self.workers[m].step * count + i) for m in workers for i in range(count)]
+        rows = torch.stack([self.shards.rows(*place) for place in places])
+        rows = rows.view(len(workers), count, -1).to(self.data[0].device)
         x, y = self.data[0][rows], self.data[1][rows]
         if self.augment is not None:
             x = torch.stack([self.augmented(m, x[i]) for i, m in enumerate(workers)])
@@ -194,15 +195,10 @@ class _Run:
             one_by_one = zip(weights, x, y, rates, strict=True)
             results = [gradient(self.objective, *one) for one in one_by_one]
             slopes, losses = map(torch.stack, zip(*results, strict=True))
-        for answer in zip(workers, slopes, losses.tolist(), each, strict=True):
+        for answer in zip(workers, slopes, losses.tolist(), rows.flatten(1), strict=True):
             self.answers[answer[0]] = answer[1:]
         self.pending.clear()
         self.log.stacked.append(len(workers))
-
-    def rows(self, m: int) -> Tensor:
-        """Return the examples of a worker's present step, of shape (local steps, batch)."""
-        first = self.workers[m].step * self.local_steps
-        return torch.stack([self.shards.rows(m, first + i) for i in range(self.local_steps)])
 
     def augmented(self, m: int, x: Tensor) -> Tensor:
         draw = train.generator(self.seed, f"augmentation/{m}/{self.workers[m].step}")

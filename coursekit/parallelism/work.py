@@ -98,9 +98,11 @@ def objective(model: nn.Module | Tensor, loss: Callable, device: str | torch.dev
             )
     own = copy.deepcopy(model).to(device)
     like = {name: param.detach() for name, param in trainable(own).items()}
+    names = dict(own.named_parameters()), dict(own.named_parameters(remove_duplicate=False))
+    tied = len(names[0]) < len(names[1])  # to look for them at every call would take its time
 
     def of_weights(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return loss(functional_call(own, unpack(weights, like), (x,)), y)
+        return loss(functional_call(own, unpack(weights, like), (x,), tie_weights=tied), y)
 
     return pack(like), of_weights
 
