@@ -146,16 +146,17 @@ class GSGD(torch.optim.Optimizer):
             ratio, head, g = before, None, None
             if not group.all_held:
                 value = S[i] * T[i]
-                g = (heads[i] * gradients[i].view(-1)[group.head] - Q[i]) / value
+                g = (heads[i] * gradients[i].take(group.head) - Q[i]) / value
                 old = self.state.get(layer.weight, {}).get("momentum_buffer")
                 if old is not None:
-                    g += momentum * old.view(-1)[group.head]
-                ratio = 1 - lr * g / value
+                    g += momentum * old.take(group.head)
+                ratio = torch.addcdiv(torch.ones_like(g), g, value, value=-lr)
                 if clip:
                     ratio = ratio.clamp(1 / clip, clip)
+                head = heads[i] * ratio
                 if i:
                     ratio = torch.where(group.held, before, ratio)
-                head = heads[i] * (ratio / before)
+                    head = heads[i] * (ratio / before)
             plan.ratios.append(ratio)
             plan.heads.append(head)
             plan.buffers.append(g)
@@ -165,7 +166,7 @@ class GSGD(torch.optim.Optimizer):
         """Move the weights of a chain to where their path values are v − lr g."""
         groups = chain.groups
         for i, layer in enumerate(chain.layers):
-            flat, T = layer.weight.view(-1), plan.T[i] if i < len(groups) else None
+            T = plan.T[i] if i < len(groups) else None
             S: Any = plan.S[i - 1] if i else None
             ratio: Any = plan.ratios[i - 1] if i else None
             if i and layer.taps > 1:
@@ -173,12 +174,12 @@ class GSGD(torch.optim.Optimizer):
             self._descend_(layer.weight, plan.gradients[i], S, T, ratio, options)
             head = plan.heads[i] if i < len(groups) else None
             if head is not None:
-                flat.index_copy_(0, groups[i].head, head)
+                layer.weight.put_(groups[i].head, head)
                 if options["momentum"]:
                     buffer = self.state[layer.weight]["momentum_buffer"]
-                    buffer.view(-1).index_copy_(0, groups[i].head, plan.buffers[i])
+                    buffer.put_(groups[i].head, plan.buffers[i])
             if i:  # bring F back, bit for bit
-                flat.index_copy_(0, groups[i - 1].tail, plan.tails[i - 1])
+                layer.weight.put_(groups[i - 1].tail, plan.tails[i - 1])
             if layer.bias is not None:
                 self._descend_(layer.bias, gradient_of(layer.bias)[:, None], None, T, None, options)
 
@@ -194,13 +195,17 @@ class GSGD(torch.optim.Optimizer):
             new = g.view(p.shape) if old is None else old.mul_(momentum).add_(g.view(p.shape))
             self.state[p]["momentum_buffer"] = new
             g = new.view(gradient.shape)
-        T = None if T is None else T**power
-        if S is None:
-            w.sub_(g, alpha=lr) if T is None else w.addcdiv_(g, T[:, None], value=-lr)
-            return
-        if T is not None and not bool((T == 1).all()):
-            g = g / T[:, None]
-        w.div_(ratio).addcmul_(g, -lr / (S**power * ratio))  # two passes, no memory of their own
+        if T is not None:
+            T = T if power == 1 else T * T
+            if S is None:
+                w.addcdiv_(g, T[:, None], value=-lr)
+            elif not torch.equal(T, torch.ones_like(T)):
+                g = g / T[:, None]
+        if S is not None:  # in two passes that need no memory of their own
+            scale = (S if power == 1 else S * S) * ratio
+            w.div_(ratio).addcmul_(g, scale.reciprocal_(), value=-lr)
+        elif T is None:
+            w.sub_(g, alpha=lr)
 
     def state_dict(self) -> dict[str, Any]:
         """Return options, momentum, and which edges are the skeleton."""
@@ -231,7 +236,7 @@ def _through(chain: Chain, gradients: list[Tensor], tails: list[Tensor]) -> list
             total = (before.matrix * gradients[i]).sum(dim=1)
             if before.bias is not None:
                 total += before.bias * gradient_of(before.bias)
-        total -= tails[i] * gradients[i + 1].view(-1)[groups[i].tail]
+        total.addcmul_(tails[i], gradients[i + 1].take(groups[i].tail), value=-1)
         if Q:
             parent, held = groups[i + 1].parent, groups[i + 1].held
             up = Q[0] if groups[i + 1].all_held else torch.where(held, Q[0], 0.0)
@@ -245,7 +250,7 @@ def _guard(chain: Chain, plan: _Plan, refuse: bool) -> None:
     for layer, group, ratio in zip(chain.layers, chain.groups, plan.ratios, strict=False):
         if group.all_held:
             continue
-        if not bool(ratio.isfinite().all()):
+        if not math.isfinite(ratio.sum()):
             raise RuntimeError(
                 f"GSGD: expected finite ratios of path values, got others into layer "
                 f"'{layer.name}': a gradient is not finite, or an all-skeleton path value is 0"

@@ -42,11 +42,11 @@ class Layer(NamedTuple):
     @property
     def matrix(self) -> Tensor:
         """The weight as (fan_out, fan_in · taps), in the same memory."""
-        return self.weight.detach().view(len(self.weight), -1)
+        return self.weight.view(len(self.weight), -1)
 
     def at(self, edges: Tensor) -> Tensor:
         """The weights of the given edges."""
-        return self.weight.detach().view(-1)[edges]
+        return self.weight.take(edges)
 
 
 class Group(NamedTuple):
@@ -73,8 +73,11 @@ class Chain(NamedTuple):
 
     def products(self) -> tuple[list[Tensor], ...]:
         """Heads and tails, and their products S from an input and T to an output, by group."""
-        heads = [layer.at(g.head) for layer, g in zip(self.layers, self.groups, strict=False)]
         tails = [layer.at(g.tail) for layer, g in zip(self.layers[1:], self.groups, strict=True)]
+        heads = [self.layers[i].at(self.groups[i].head) for i in range(min(1, len(tails)))]
+        for i, group in enumerate(self.groups[1:]):  # a held head is a tail, at hand already
+            held = group.all_held
+            heads.append(tails[i][group.parent] if held else self.layers[i + 1].at(group.head))
         S, T = heads[:1], tails[-1:]
         for head, group in zip(heads[1:], self.groups[1:], strict=True):
             S.append(head * S[-1][group.parent])
