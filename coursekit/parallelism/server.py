@@ -138,6 +138,9 @@ Rule = Callable[..., tuple[Server, Served]]  # of (server, push, lr); options by
 # ---- what every server does ----
 
 
+TOLD_TO_PULL = ("epoch", "length", "version", "nonfinite")  # faults after which a worker can go on
+
+
 def receive(server: Server, push: Push, lr: float, rule: Rule) -> tuple[Server, Served]:
     """Check a push, then hand it to the rule; what is refused changes nothing but a count.
 
@@ -166,9 +169,6 @@ def receive(server: Server, push: Push, lr: float, rule: Rule) -> tuple[Server, 
         counts={**server.counts, "accepted": server.counts.get("accepted", 0) + 1},
     )
     return rule(server, push, lr)
-
-
-TOLD_TO_PULL = ("epoch", "length", "version", "nonfinite")
 
 
 def _fault(server: Server, push: Push) -> str:
@@ -288,7 +288,7 @@ def step(
     """
     displacement = server.weights - (server.backups[push.worker] if backup is None else backup)
     direction, memory, capped = push.gradient, server.memory, 0.0
-    correction = None
+    correction = push.gradient.new_zeros(1)
     if correct is not None:
         correction, memory, capped = correct(push.gradient, displacement, memory)
         direction = direction + correction
@@ -298,27 +298,23 @@ def step(
         old = memory.get("momentum_buffer")
         direction = direction if old is None else momentum * old + direction
         memory = {**memory, "momentum_buffer": direction}
+    weights, version = server.weights - lr * direction, server.version + 1
+    norms = [torch.linalg.vector_norm(v) for v in (displacement, push.gradient, correction)]
+    distance, gradient_norm, correction_norm = torch.stack(norms).tolist()
     row = Row(
-        version=server.version + 1,
+        version=version,
         samples=server.samples + push.samples,
         worker=push.worker,
         batch=push.samples,
         staleness=server.version - push.version,
-        **_norms(distance=displacement, gradient_norm=push.gradient, correction_norm=correction),
+        distance=distance,
+        gradient_norm=gradient_norm,
+        correction_norm=correction_norm,
         capped=capped,
         loss=push.loss,
     )
-    weights = server.weights - lr * direction
-    return server.but(
-        weights=weights, version=row.version, samples=row.samples, memory=memory, applied=row
-    )
-
-
-def _norms(**vectors: Tensor | None) -> dict[str, Any]:
-    """Return the norm of each vector by one transfer from the device; that of None is 0."""
-    there = {name: torch.linalg.vector_norm(v) for name, v in vectors.items() if v is not None}
-    norms = zip(there, torch.stack([*there.values()]).tolist(), strict=True)
-    return dict.fromkeys(vectors, 0.0) | dict(norms)
+    changed = {"weights": weights, "version": version, "samples": row.samples}
+    return server.but(**changed, memory=memory, applied=row)
 
 
 def _without(mapping: Mapping[int, Any], worker: int) -> dict[int, Any]:
