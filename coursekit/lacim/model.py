@@ -117,12 +117,13 @@ class LaCIM(nn.Module):
         self.shape, self.domains, self.s_dim, self.latent = shape, domains, s_dim, s_dim + v_dim
         self.samples, self.class_weight, self.generator = samples, class_weight, generator
         linear = decoder == "linear"
-        made = nn.Identity() if linear else (features or parts.backbone(shape, width))
+        made: Any = nn.Identity() if linear else (features or parts.backbone(shape, width))
         self.features: Any = made if linear else nn.Sequential(made(generator=generator), nn.ReLU())
         heads = [shape[0] if linear else width, 2 * domains * self.latent]
         self.heads: Any = models.mlp(heads, generator=generator)
         with torch.no_grad():  # at the start σ is about 1, whatever x
-            self.heads[-1].weight.unflatten(0, (domains, 2, self.latent))[:, 1] = 0
+            weight = next(self.heads.parameters())
+            weight.unflatten(0, (domains, 2, self.latent))[:, 1] = 0
         head = [s_dim, *([] if linear else [hidden]), outputs]
         self.classifier = models.mlp(head, generator=generator)
         self.prior = parts.DomainPrior(prior, domains, s_dim, v_dim, generator=generator)

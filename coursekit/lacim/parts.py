@@ -182,7 +182,7 @@ class Paint(nn.Module):
         masks, colours = self._parts(s, v)
         flat = x.flatten(2)
         inner = torch.einsum("bkp,...bfp->...bkf", flat, masks)
-        gram = (masks**2).sum(-1, keepdim=True) if self.maps == 1 else masks @ masks.mT
+        gram = masks.norm(dim=-1, keepdim=True) ** 2 if self.maps == 1 else masks @ masks.mT
         model = (gram * (colours.mT @ colours)).sum(dim=(-2, -1))
         return (flat**2).sum(dim=(1, 2)) - 2 * (inner * colours).sum(dim=(-2, -1)) + model
 
