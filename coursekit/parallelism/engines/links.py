@@ -208,14 +208,24 @@ class GlooLine:
 
     def __init__(self, address: tuple[str, int], worker: int, like: Tensor, deadline: float):
         self.address, self.worker, self.like, self.deadline = address, worker, like, deadline
-        self.sent = 0
-        threading.Thread(target=self._beat, daemon=True).start()
+        self.sent, self._over = 0, threading.Event()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
+        self._heart.start()
 
     def _beat(self) -> None:
-        store = connect(self.address, self.deadline)
-        while True:
-            store.add(f"beat/{self.worker}", 1)
-            time.sleep(BEAT)
+        store = None
+        while not self._over.wait(BEAT):
+            try:
+                store = store or connect(self.address, CONNECT)
+                store.add(f"beat/{self.worker}", 1)
+            except RuntimeError:  # the process that had the store died; another may come
+                store = None
+
+    def close(self) -> None:
+        """Disconnect, and stop the heart: a process must not end while it beats."""
+        vars(self).pop("pair", None)
+        self._over.set()
+        self._heart.join(2 * CONNECT)
 
     def join(self) -> tuple[Header, Tensor]:
         """Wait for a server that lives, connect to it, and receive weights."""

@@ -1,5 +1,6 @@
 """Workers as Ray actors; the server is the process that calls."""
 
+import os
 from typing import Any
 
 from torch import Tensor
@@ -27,12 +28,14 @@ class RayHub(Hub):
 
         self.ray, self.restarts = ray, restarts
         self.owner = not ray.is_initialized()
-        if self.owner:  # a cluster of this machine alone, which nothing outside can reach
+        if self.owner:  # a cluster of this machine alone, which tells nobody about it
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             ray.init(
                 num_cpus=job.workers,
                 include_dashboard=False,
                 object_store_memory=2**27,
                 log_to_driver=False,
+                _system_config={"agent_register_timeout_ms": 100_000},  # of a busy machine
                 _node_ip_address="127.0.0.1",
             )
         self.job, self.kind = ray.put(job), ray.remote(_Actor)

@@ -38,7 +38,9 @@ def run_server(job: Job, address: Address) -> None:
 
 def run_worker(job: Job, address: Address, worker: int) -> None:
     """Work until the server says that it is over."""
-    work(GlooLine(address, worker, job.start(), job.deadline), job)
+    line = GlooLine(address, worker, job.start(), job.deadline)
+    work(line, job)
+    line.close()
 
 
 def as_rank(job: Job) -> int:
