@@ -1,8 +1,10 @@
 """The laws of the simulated cluster: staleness, time, faults, exactness."""
 
 import copy
+import json
 import math
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -710,3 +712,15 @@ def test_tied_weights_are_one_parameter_with_one_gradient():
     loss(net(x), y).backward()
     params = trainable(net)
     torch.testing.assert_close(got, torch.cat([params[n].grad.flatten() for n in sorted(params)]))
+
+
+def test_the_stored_record_keeps_the_promised_cost_of_an_update():
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "parallelism.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    config, took = record["config"], record["values"]
+    assert config["workers"] == 8
+    assert config["ratio"]["constant"] <= 1.2
+    ratios = [a / b for a, b in zip(took["constant, ms"], took["plain, ms"], strict=True)]
+    assert config["ratio"]["constant"] == pytest.approx(np.median(ratios))
+    assert config["gradients_at_once"]["constant"] == 8
+    assert config["ratio"].keys() >= {"gamma, cv 0.3", "exponential"}

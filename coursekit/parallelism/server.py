@@ -191,7 +191,10 @@ def _fault(server: Server, push: Push) -> str:
 
 
 def pull(server: Server, worker: int) -> tuple[Server, Vector]:
-    """Return the server that remembers what it sends as w_bak(worker), and the weights it sends."""
+    """Return the server that remembers what it sends as w_bak(worker), and the weights it sends.
+
+    `ValueError` for a worker that is not alive.
+    """
     if worker not in server.workers:
         raise ValueError(f"pull: expected one of {sorted(server.workers)}, got worker {worker}")
     weights = server.personal.get(worker, server.weights)
@@ -204,7 +207,10 @@ def pull(server: Server, worker: int) -> tuple[Server, Vector]:
 
 
 def join(server: Server, worker: int) -> Server:
-    """Let a worker in; it starts at the clock of the slowest, with nothing of an earlier life."""
+    """Let a worker in; it starts at the clock of the slowest, with nothing of an earlier life.
+
+    `ValueError` for one that is alive.
+    """
     if worker in server.workers:
         raise ValueError(f"join: expected a new worker, got {worker}, which is alive")
     slowest = min((server.clocks[m] for m in server.workers), default=0)
