@@ -92,7 +92,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a few steps, write nothing")
     smoke = parser.parse_args().smoke
-    seeds, steps, images = ([0], 2, 60) if smoke else (list(range(5)), 15, IMAGES)
+    seeds, steps, images = ([0], 2, 60) if smoke else (list(range(5)), 7, IMAGES)
     begin = time.perf_counter()
     values: dict[str, list[float]] = {}
     first = domains(28, images)
