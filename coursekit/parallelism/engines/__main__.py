@@ -12,7 +12,8 @@ and the second has the same Python packages, with two processes each::
 ends all the others; with ``--max-restarts`` it starts them again, and with ``--checkpoint`` the run
 goes on. To lose no more than the process that died, start each by itself, without torchrun::
 
-    RANK=3 WORLD_SIZE=4 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 python -m coursekit.parallelism.engines
+    RANK=3 WORLD_SIZE=4 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 \
+        python -m coursekit.parallelism.engines
 
 A worker may then be started again at any time, and so may rank 0, from its checkpoint.
 """
