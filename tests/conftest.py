@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGET = 5500  # lines of code in the package
+BUDGET = 7000  # lines of code in the package
 
 # Before torch or numpy is imported: two threads on two busy cores are many times slower than one.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
