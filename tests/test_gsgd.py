@@ -7,6 +7,8 @@ step in path space is brute force: weights as a function of path values, differe
 import copy
 import itertools
 import math
+import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from coursekit import data, models, train
+from coursekit.experiment import Record
 from coursekit.gsgd import (
     GSGD,
     FrozenSkeletonSGD,
@@ -595,7 +598,7 @@ def test_a_step_that_would_turn_a_path_round_is_refused_or_clipped():
     backward(net, x, y)
     before, S = flat(net), net[0].weight[range(4), [0, 1, 2, 0]].clone()
     optimizer = GSGD(net, lr=100.0, momentum=0.5, refuse=True)
-    with pytest.raises(RuntimeError, match=r"every ratio R of path values positive, got -.* '0'"):
+    with pytest.raises(RuntimeError, match=r"every ratio R of path values above zero, got -.* '0'"):
         optimizer.step()
     assert torch.equal(flat(net), before)
     assert not optimizer.state_dict()["state"]
@@ -632,9 +635,11 @@ def test_the_largest_skeleton_is_the_best_of_all_and_no_rescaling_changes_it():
     rescale_(net, factors(net))
     for a, b in zip(chosen, Skeleton(net, choose="largest").chosen(), strict=True):
         assert all(torch.equal(p, q) for p, q in zip(a[0] + a[1], b[0] + b[1], strict=True))
-    net = perceptron([3, 4, 2, 3])
-    x, y = batch(net)
-    backward(net, x, y)
+    Skeleton(net).ones_()  # equals, which a rescaling rounds in one way or another
+    chosen = Skeleton(net, choose="largest").chosen()
+    rescale_(net, factors(net))
+    for a, b in zip(chosen, Skeleton(net, choose="largest").chosen(), strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a[0] + a[1], b[0] + b[1], strict=True))
     basis = basis_paths(net, skeleton)
     A = structure_matrix(net)
     assert {tuple(c) for c in basis.T.tolist()} <= {tuple(c) for c in A.T.tolist()}
@@ -726,7 +731,7 @@ def test_a_stored_state_continues_where_it_stopped(options, tmp_path):
         ({"lr": -1.0}, r"GSGD: expected lr in \[0, inf\], got -1.0"),
         ({"momentum": 1.5}, r"GSGD: expected momentum in \[0, 1\], got 1.5"),
         ({"weight_decay": -1.0}, "GSGD: expected weight_decay in"),
-        ({"max_ratio": 1.0}, "GSGD: expected max_ratio above 1, got 1.0"),
+        ({"max_ratio": 0.5}, r"GSGD: expected max_ratio in \[1, inf\], got 0.5"),
         ({"regauge": 0}, "GSGD: expected regauge of at least 1, got 0"),
     ],
 )
@@ -793,3 +798,27 @@ def test_gsgd_trains_digits_with_fit():
         net, data.load("digits"), GSGD(net, lr=0.1), 5, 32, generator=train.generator(0, "data")
     )
     assert history.test[-1].accuracy > 0.9
+
+
+def test_the_stored_benchmark_keeps_the_promised_ratio():
+    """A whole step of G-SGD at most 1.10 times one of SGD, on both nets."""
+    record = Record.load(Path(__file__).parents[1] / "benchmarks" / "results" / "gsgd.json")
+    middle = {name: statistics.median(times) for name, times in record.config["ms"].items()}
+    for case in ("perceptron", "plain34"):
+        ratio = middle[f"{case}/gsgd/step"] / middle[f"{case}/sgd/step"]
+        assert ratio == pytest.approx(record.values[f"{case}_gsgd_over_sgd"][0], rel=1e-3)
+        assert ratio <= 1.10
+
+
+@pytest.mark.covers("G5")
+def test_the_reduced_cifar_records_have_every_control_at_its_own_rate():
+    results = Path(__file__).parents[1] / "experiments" / "results" / "gsgd"
+    for method in ("sgd", "sgd-skeleton", "frozen", "gsgd-paper", "gsgd"):
+        record = Record.load(results / f"cifar_reduced_plain8_{method}.json")
+        assert len(record.seeds) == 3
+        assert record.config["tuning_seed"] not in record.seeds
+        sweep = {float(k): v for k, v in record.config["validation_accuracy"].items()}
+        best = max(sorted(sweep), key=sweep.get)
+        assert best == pytest.approx(record.config["lr"], rel=0.01)
+        assert min(sweep) < best < max(sweep)
+        assert (record.config["schedule"], record.config["net"]) == ("same", "plain8")

@@ -1,6 +1,7 @@
 """What G-SGD is compared with: Path-SGD, and three ways to fix the scale of a node."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,12 +113,10 @@ def enorm_(net: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> No
 
 def _buffer(optimizer: torch.optim.Optimizer, layer: Layer) -> Layer:
     """The layer with momentum in place of its weights; zeros where there is none yet."""
-
-    def momentum(p):
-        old = None if p is None else optimizer.state[p].get("momentum_buffer")
-        return p if p is None else torch.zeros_like(p) if old is None else old
-
-    return layer._replace(weight=momentum(layer.weight), bias=momentum(layer.bias))
+    state: list[Any] = [optimizer.state[p].get("momentum_buffer") for p in layer.parameters]
+    for i, p in enumerate(layer.parameters):
+        state[i] = torch.zeros_like(p) if state[i] is None else state[i]
+    return layer._replace(weight=state[0], bias=None if layer.bias is None else state[1])
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ class GSGD(torch.optim.Optimizer):
     weight_decay
         Times v_e on the gradient of the paths that have an edge outside the skeleton, as there.
     max_ratio
-        ρ > 1 clips the R of all-skeleton paths to [1/ρ, ρ].
+        ρ ≥ 1 clips the R of all-skeleton paths to [1/ρ, ρ].
     refuse
         Raise before a step that would bring an all-skeleton path's value to zero or past it.
     regauge
@@ -103,8 +103,8 @@ class GSGD(torch.optim.Optimizer):
         _check.in_range("GSGD", "lr", lr, 0, math.inf)
         _check.in_range("GSGD", "momentum", momentum)
         _check.in_range("GSGD", "weight_decay", weight_decay, 0, math.inf)
-        if max_ratio is not None and not max_ratio > 1:
-            raise ValueError(f"GSGD: expected max_ratio above 1, got {max_ratio}")
+        if max_ratio is not None:
+            _check.in_range("GSGD", "max_ratio", max_ratio, 1, math.inf)
         if regauge is not None:
             _check.integer("GSGD", "regauge", regauge, at_least=1)
         self.skeleton = skeleton or Skeleton(net)
@@ -121,10 +121,10 @@ class GSGD(torch.optim.Optimizer):
         for p in options["params"]:
             gradient_of(p)
         skeleton.follow_()
-        plans = [self._plan(chain, options) for chain in skeleton.chains]
-        for chain, plan in zip(skeleton.chains, plans, strict=True):
+        plans = [(chain, self._plan(chain, options)) for chain in skeleton.chains]
+        for chain, plan in plans:
             _guard(chain, plan, options["refuse"])
-        for chain, plan in zip(skeleton.chains, plans, strict=True):
+        for chain, plan in plans:
             self._write_(chain, plan, options)
         for p in skeleton.rest:
             self._descend_(p, gradient_of(p), None, None, None, options)
@@ -257,8 +257,8 @@ def _guard(chain: Chain, plan: _Plan, refuse: bool) -> None:
             )
         if refuse and not bool((ratio > 0).all()):
             raise RuntimeError(
-                f"GSGD: expected every ratio R of path values positive, got {ratio.min():.3g} into "
-                f"layer '{layer.name}'; a smaller lr, max_ratio or regauge avoids it"
+                f"GSGD: expected every ratio R of path values above zero, got {ratio.min():.3g} "
+                f"into layer '{layer.name}'; a smaller lr, max_ratio or regauge avoids it"
             )
 
 
@@ -297,10 +297,8 @@ class FrozenSkeletonSGD(torch.optim.SGD):
     def step(self, closure=None):
         """Take one step; ``closure``, if given, recomputes loss and gradients first."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        free = [
-            (layer, edges, layer.at(edges)) for layer, edges in self.skeleton.edges(heads=False)
-        ]
+        free = [(la, edges, la.at(edges)) for la, edges in self.skeleton.edges(heads=False)]
         super().step()
         for layer, edges, values in free:
-            layer.weight.view(-1)[edges] = values
+            layer.weight.put_(edges, values)
         return loss

@@ -16,13 +16,12 @@ from coursekit.gsgd.skeleton import Skeleton, leaves
 def _by_layer(skeleton: Skeleton, rows: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
     """Cut (m, k) into (fan_out, fan_in, taps, k) and (fan_out or 0, k), chain by chain."""
     cut: list[list[tuple[Tensor, Tensor]]] = []
-    k = rows.shape[1]
     for layers, _ in skeleton.chains:
         cut.append([])
         for layer in layers:
-            edges, biases = layer.weight.numel(), layer.weight.shape[0] * (layer.bias is not None)
+            edges, biases = layer.weight.numel(), len(layer.weight) * (layer.bias is not None)
             weight, bias, rows = rows.tensor_split((edges, edges + biases))
-            cut[-1].append((weight.view(len(layer.weight), layer.fan_in, layer.taps, k), bias))
+            cut[-1].append((weight.view(len(layer.weight), layer.fan_in, layer.taps, -1), bias))
     return cut
 
 

@@ -7,7 +7,7 @@ own, since an identity cannot be rescaled; batch norm ends a chain and its γ be
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ HOMOGENEOUS = (
     *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
 )
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+Factors = Sequence[Float[Tensor, " _nodes"]]  # one tensor a set of hidden nodes
 
 
 class Layer(NamedTuple):
@@ -135,13 +136,7 @@ class Skeleton:
     (26, 4, 8)
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        *,
-        batch_norm: Literal["gamma", "paper"] = "gamma",
-        choose: Literal["modulo", "largest"] = "modulo",
-    ):
+    def __init__(self, net: nn.Module, *, batch_norm: str = "gamma", choose: str = "modulo"):
         _check.one_of("Skeleton", "batch_norm", batch_norm, ("gamma", "paper"))
         _check.one_of("Skeleton", "choose", choose, ("modulo", "largest"))
         runs = _runs(net, batch_norm == "paper")
@@ -179,8 +174,7 @@ class Skeleton:
     def require_nonzero(self, function: str) -> None:
         """Refuse a skeleton weight of zero: path values cannot tell the network there."""
         for layer, edges in self.edges():
-            zeros = int((layer.at(edges) == 0).sum())
-            if zeros:
+            if zeros := int((layer.at(edges) == 0).sum()):
                 raise ValueError(
                     f"{function}: expected skeleton weights other than 0, got {zeros} zeros in "
                     f"layer '{layer.name}'; Skeleton(net).ones_() or choose='largest' mends it"
@@ -208,9 +202,7 @@ class Skeleton:
             self.choose_(self.chosen())
 
 
-def leaves(
-    module: nn.Module, name: str = "", paper: bool = False
-) -> Iterator[tuple[str, nn.Module] | None]:
+def leaves(module: Any, name: str = "", paper: bool = False) -> Iterator[Any]:
     """Go through layers in order, with None where the nodes must keep their scale."""
     dot = f"{name}." if name else ""
     if isinstance(module, nn.Sequential):
@@ -279,24 +271,24 @@ def _choice(layers: list[Layer], largest: bool) -> tuple[list[Tensor], list[Tens
     cubes = [layer.matrix.abs().view(-1, layer.fan_in, layer.taps) for layer in layers]
     size = torch.ones_like(cubes[0][0, :, 0])  # abs(S) of the nodes before
     for cube in cubes[:-1]:
-        size, pick = _pick(cube, size, largest)
-        heads.append(torch.arange(len(cube), device=cube.device) * cube[0].numel() + pick)
+        size, nodes, other, tap = _pick(cube, size, largest)
+        heads.append((nodes * cube.shape[1] + other) * cube.shape[2] + tap)
     size = torch.ones_like(cubes[-1][:, 0, 0])  # abs(T) of the nodes after
     for cube in reversed(cubes[1:]):
-        size, pick = _pick(cube.transpose(0, 1), size, largest)
-        _, nodes, taps = cube.shape
-        a = torch.arange(nodes, device=cube.device)
-        tails.insert(0, (pick // taps * nodes + a) * taps + pick % taps)
+        size, nodes, other, tap = _pick(cube.transpose(0, 1), size, largest)
+        tails.insert(0, (other * cube.shape[1] + nodes) * cube.shape[2] + tap)
     return heads, tails
 
 
-def _pick(cube: Tensor, size: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
-    """Of the edges (node, other, tap) take one a node; return the product of sizes and the edge."""
-    nodes, others, taps = cube.shape
+def _pick(cube: Tensor, size: Tensor, largest: bool) -> tuple[Tensor, ...]:
+    """Of the edges (node, other, tap) take one a node; return its product of sizes, and where."""
+    others, taps = cube.shape[1:]
+    nodes = torch.arange(len(cube), device=cube.device)
     sizes = (cube * size[:, None]).flatten(1)
-    modulo = torch.arange(nodes, device=cube.device) % others * taps + taps // 2
-    pick = sizes.argmax(dim=1) if largest else modulo
-    return sizes.gather(1, pick[:, None])[:, 0], pick
+    tie = 1 - 100 * torch.finfo(sizes.dtype).eps  # the first of equals, however they were rounded
+    best = (sizes >= tie * sizes.amax(dim=1, keepdim=True)).int().argmax(dim=1)
+    edge = best if largest else nodes % others * taps + taps // 2
+    return sizes[nodes, edge], nodes, edge // taps, edge % taps
 
 
 def _chain(layers: list[Layer], heads: Sequence[Tensor], tails: Sequence[Tensor]) -> Chain:
@@ -325,12 +317,7 @@ def gradient_of(p: nn.Parameter) -> Tensor:
 
 
 @torch.no_grad()
-def rescale_(
-    net: nn.Module,
-    factors: Sequence[Float[Tensor, " _nodes"]],
-    *,
-    batch_norm: Literal["gamma", "paper"] = "gamma",
-) -> None:
+def rescale_(net: nn.Module, factors: Factors, *, batch_norm: str = "gamma") -> None:
     """Multiply the weights into each hidden node by c > 0 and divide those out of it by c.
 
     Parameters
