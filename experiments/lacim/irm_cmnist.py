@@ -68,8 +68,8 @@ def environments(seed, tier, grey):
     return made[:2], made[2]
 
 
-def run(name, seed, tier="full", steps=STEPS):
-    """Train on all images at once; return accuracies after the last step."""
+def run(name, seed, tier="full", steps=STEPS, batch=None):
+    """Train on all images at once, or on batches; return accuracies after the last step."""
     kind, options = METHODS[name]
     domains, test = environments(seed, tier, name == "grey")
     model = kind(
@@ -77,7 +77,7 @@ def run(name, seed, tier="full", steps=STEPS):
         generator=train.generator(seed, "model"),
     )  # fmt: skip
     begin = time.perf_counter()
-    lacim.fit_domains(model, domains, steps, None, generator=train.generator(seed, "batches"))
+    lacim.fit_domains(model, domains, steps, batch, generator=train.generator(seed, "batches"))
     seen = [lacim.accuracy(model.predict, x, y) for x, y in domains]
     return {
         "train": sum(seen) / 2,
@@ -89,6 +89,7 @@ def run(name, seed, tier="full", steps=STEPS):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--batch", type=int, help="images a domain in a step; all unless given")
     parser.add_argument("--smoke", action="store_true", help="subset, three steps, no record")
     parser.add_argument("--cost", action="store_true", help="time ten steps, no record")
     args = parser.parse_args()
@@ -104,7 +105,7 @@ def main():
     for seed in args.seeds:
         for name in METHODS:
             if f"{name}/{seed}" not in done:
-                out = done[f"{name}/{seed}"] = run(name, seed)
+                out = done[f"{name}/{seed}"] = run(name, seed, batch=args.batch)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
                 print(f"{name:5} seed {seed} " + " ".join(f"{k} {v:.4g}" for k, v in out.items()))
@@ -117,7 +118,7 @@ def main():
         study="lacim/irm_cmnist",
         config={
             "steps": STEPS, "hidden": HIDDEN, "shared": SHARED, "irm": METHODS["irm"][1],
-            "train_agreement": (0.8, 0.9), "test_agreement": 0.1, "label_noise": 0.25,
+            "images_a_domain_in_a_step": args.batch or 25_000, "train_agreement": (0.8, 0.9), "test_agreement": 0.1, "label_noise": 0.25,
         },
         seeds=args.seeds,
         values=values,
@@ -125,7 +126,8 @@ def main():
         "accuracy; last step",
         tier="full",
         wall_s=sum(sum(values[f"{name}/fit_s"]) for name in METHODS),
-        command=f"python experiments/lacim/irm_cmnist.py --seeds {' '.join(map(str, args.seeds))}",
+        command=f"python experiments/lacim/irm_cmnist.py --seeds {' '.join(map(str, args.seeds))}"
+        + f" --batch {args.batch}" * (args.batch is not None),
     ).save(RESULTS / "irm_cmnist.json")  # fmt: skip
     path.unlink(missing_ok=True)
 
