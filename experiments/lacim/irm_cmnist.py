@@ -118,7 +118,8 @@ def main():
         study="lacim/irm_cmnist",
         config={
             "steps": STEPS, "hidden": HIDDEN, "shared": SHARED, "irm": METHODS["irm"][1],
-            "images_a_domain_in_a_step": args.batch or 25_000, "train_agreement": (0.8, 0.9), "test_agreement": 0.1, "label_noise": 0.25,
+            "images_a_domain_in_a_step": args.batch or 25_000,
+            "train_agreement": (0.8, 0.9), "test_agreement": 0.1, "label_noise": 0.25,
         },
         seeds=args.seeds,
         values=values,
