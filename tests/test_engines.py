@@ -373,9 +373,10 @@ def largest_weight(weights):
     return {"largest": weights.abs().max().item()}
 
 
-def test_ray_actors_may_die_and_the_run_can_be_replayed(tmp_path):
+def test_ray_actors_may_die_and_the_run_can_be_replayed(tmp_path, monkeypatch):
     """[19, 22, 24]"""
     ray = pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(HERE))  # where actors find the loss
     kill = at(20, lambda workers: ray.kill(workers[1]))
     log, _ = run(tmp_path, 60, engine="ray", watch=kill, restarts=1)
     assert not ray.is_initialized()

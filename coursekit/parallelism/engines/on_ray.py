@@ -42,6 +42,7 @@ class RayHub(Hub):
         self.actors: dict[str | int, Any] = {}
         self.pending: dict[Any, int] = {}  # results to come, oldest first
         self.joined: list[int] = []
+        self.death: Exception | None = None  # the last one
         for worker in range(job.workers):
             self._start(worker)
 
@@ -54,14 +55,15 @@ class RayHub(Hub):
             worker = self.joined.pop(0)
             return Message("join", worker, Header(worker=worker))
         if not self.pending:
-            raise RuntimeError("launch: every worker died")
+            raise RuntimeError(f"launch: every worker died\n{self.death}") from self.death
         ready, _ = self.ray.wait(list(self.pending), timeout=seconds)
         if not ready:
             return None
         worker = self.pending.pop(ready[0])
         try:
             return Message("push", worker, *self.ray.get(ready[0]))
-        except self.ray.exceptions.RayActorError:
+        except self.ray.exceptions.RayActorError as death:
+            self.death = death
             if self.restarts:
                 self.restarts -= 1
                 self._start(worker)
