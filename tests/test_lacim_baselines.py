@@ -1,6 +1,7 @@
 """Six baselines under one contract, training over domains, named rules of selection, and E1."""
 
 import inspect
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from coursekit import lacim, train
+from coursekit import experiment, lacim, train
 
 SHAPE = (3, 14, 14)
 BASELINES = [lacim.IRM, lacim.DANN, lacim.MMDAAE, lacim.DIVA, lacim.SVAE]
@@ -376,3 +377,23 @@ def test_inferred_causes_survive_a_turned_correlation_that_breaks_erm():  # spec
     assert test >= erm[0] + 0.03
     assert abs(test - neutral) <= 0.06 < abs(erm[0] - erm[1])
     assert erm[2] >= same + 0.01  # the price: where the correlation stays, ERM wins
+
+
+# ---- what it costs ----
+
+
+def test_the_stored_benchmark_keeps_the_promised_ratios():
+    record = experiment.Record.load(
+        Path(__file__).parents[1] / "benchmarks" / "results" / "lacim.json"
+    )
+    assert len(record.seeds) >= 5
+    for side in (14, 28):
+        one, many = (record.values[f"step_{side}_m{m}_ms"] for m in (1, 16))
+        ratios = np.array(many) / np.array(one)
+        assert ratios == pytest.approx(record.values[f"step_{side}_ratio"])
+        assert np.median(ratios) <= 2.5
+    optimised = np.array(record.values["optimised_ms"])
+    assert np.median(optimised / record.values["amortised_ms"]) <= 50
+    assert record.config["latents_move"] < 1e-6
+    assert record.config["classes_change"] == 0
+    assert "dirty" not in record.commit
