@@ -17,6 +17,7 @@ Shared floor, used by every chapter:
 Chapter floor, one room a chapter:
 
 ``autodiff``    reverse and forward mode on NumPy arrays
+``bagging``     bootstrap samples, votes, the error of an average, many nets trained at once
 ``dcasgd``      gradients that come late, and what corrects or only damps them
 ``dropout``     random thinned networks, their average, and what it is on a linear model
 ``generalization``  which minimum training finds, how wide it is, and which step it allows
@@ -25,6 +26,7 @@ Chapter floor, one room a chapter:
 ``lacim``       distribution shift: LaCIM, six other methods, data of known cause, selection
 ``normalization``  batch, layer, group, instance and RMS norm; the condition number
 ``optimizers``  directions of a step, the classes that take it, schedules, Newton's step
+``parallelism``  server rules, a simulated cluster, real processes, collectives, compression
 ``regularization``  penalties, projections, filters, augmentation, early stopping, averages
 """
 

@@ -35,8 +35,10 @@ def test_every_study_runs_small_and_writes_nothing(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=study)
-def test_every_study_has_a_record(script):
-    assert [path for path in RECORDS if Record.load(path).study == study(script)]
+def test_every_study_has_a_record_or_is_listed_as_not_run(script):
+    found = [path for path in RECORDS if Record.load(path).study == study(script)]
+    waiting = (ROOT / "experiments" / "README.md").read_text("utf-8").split("## Not run yet")[1]
+    assert bool(found) != (f"`{study(script)}`" in waiting)
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=study)
