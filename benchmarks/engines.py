@@ -67,7 +67,6 @@ def echo(rank, address, size, trips):
 
 def client(job, address, worker):
     """Be a worker that computes nothing."""
-    torch.set_num_threads(1)
     line = links.GlooLine(address, worker, job.start(), LIMIT)
     gradient = torch.zeros_like(line.like)
     header, _ = line.join()
@@ -89,8 +88,8 @@ def rate(name, size, trips):
                 "samples": CLIENTS * trips, "checkpoint": Path(folder) / "log.pt",
                 "patience": 30.0, "deadline": LIMIT,
             })  # fmt: skip
-            roles = [(processes.run_server, job, address)]
-            roles += [(client, job, address, worker) for worker in range(CLIENTS)]
+            roles = [(processes._child, processes.run_server, job, address)]
+            roles += [(processes._child, client, job, address, w) for w in range(CLIENTS)]
         running = [CONTEXT.Process(target=role, args=args) for role, *args in roles]
         for process in running:
             process.start()

@@ -1,5 +1,6 @@
 """A server and workers as processes of this machine, or as the ranks that torchrun started."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -66,6 +67,7 @@ def _child(role: Callable, *args: Any) -> None:
     """Play a role in a process that outlives neither its parent nor its own failure."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
     torch.set_num_threads(1)  # there are as many processes as cores, or more
+    _keep_freed_memory()
     threading.Thread(target=_follow_the_parent, daemon=True).start()
     status = 0
     try:
@@ -76,6 +78,13 @@ def _child(role: Callable, *args: Any) -> None:
         store.set(f"error/{store.add('errors', 1)}", traceback.format_exc())
     sys.stdout.flush()
     os._exit(status)  # threads that wait for packets need not be waited for
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc use memory again: fresh pages for a packet of 10 MB cost more than the update."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    for option, value in ((-1, 2**30), (-3, 2**25), (-8, 1)):  # trim and mmap thresholds, arenas
+        getattr(libc, "mallopt", lambda *_: None)(option, value)
 
 
 def _follow_the_parent() -> None:
