@@ -165,7 +165,8 @@ def public_names(package):
             imports = ast.parse((path / "__init__.py").read_text("utf-8")).body
             for node in imports:
                 if isinstance(node, ast.ImportFrom) and node.module.startswith(f"{room}."):
-                    defined = _public(path / f"{node.module.rpartition('.')[2]}.py")
+                    parts = node.module.split(".")[1:]
+                    defined = _public(package.joinpath(*parts).with_suffix(".py"))
                     for name in [a.name for a in node.names if a.name in defined]:
                         names[f"{node.module}.{name}"] = f"{room}.{name}"
         else:

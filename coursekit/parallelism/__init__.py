@@ -32,7 +32,8 @@ from coursekit.parallelism.compression import (
     recover_input,
     top_k,
 )
-from coursekit.parallelism.engines import Status, launch
+from coursekit.parallelism.engines.processes import Status
+from coursekit.parallelism.engines.run import launch
 from coursekit.parallelism.gates import (
     backup_workers,
     clipped,
