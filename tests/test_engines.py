@@ -12,12 +12,14 @@ import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from coursekit import data, models, train
+from coursekit.experiment import Record
 from coursekit.parallelism import asgd, launch, simulate, ssgd
 from coursekit.parallelism.engines import links, processes, serve
 
@@ -341,6 +343,17 @@ def test_a_run_that_does_not_end_is_ended_by_its_deadline():
     settings = SETTINGS | {"samples": 10**6, "deadline": 1.0}
     with pytest.raises(TimeoutError, match=r"launch: not done within 1.0 s"):
         launch(net(), endless_loss, X, Y, engine="threads", **settings)
+
+
+@pytest.mark.covers("P5")
+def test_the_stored_benchmark_keeps_its_promises():
+    record = Record.load(HERE.parent / "benchmarks" / "results" / "engines.json")
+    assert "dirty" not in record.commit
+    for size in ("4 KB", "1 MB", "10 MB"):
+        echo, server = (median(record.values[f"{who} {size}"]) for who in ("echo", "server"))
+        assert server >= 0.8 * echo, size
+    found = record.config["staleness"]
+    assert found["measured"]["mean"] == pytest.approx(found["simulated"]["mean"], abs=0.05)
 
 
 # ---- threads, Ray, torchrun ----
