@@ -108,8 +108,9 @@ def count_sketch(
     """
     _check.integer("count_sketch", "d", d, at_least=1)
     _check.integer("count_sketch", "size", size, at_least=1)
-    draw = {"size": (d,), "generator": generator, "device": generator.device}
-    bucket, bit = (torch.randint(high, **draw).to(device) for high in (size, 2))
+    where = generator.device
+    bucket = torch.randint(size, (d,), generator=generator, device=where).to(device)
+    bit = torch.randint(2, (d,), generator=generator, device=where).to(device)
     return CountSketch(bucket, 2 * bit - 1, size)
 
 
