@@ -129,8 +129,11 @@ def test_a_row_in_two_chapters_is_refused(tmp_path):
 
 def test_functions_and_tests_name_their_rows(tmp_path):
     room = tmp_path / "kit" / "room"
-    room.mkdir(parents=True)
-    (room / "__init__.py").write_text("from kit.room.core import step\n")
+    (room / "deep").mkdir(parents=True)
+    (room / "__init__.py").write_text(
+        "from kit.room.core import step\nfrom kit.room.deep.run import go\n"
+    )
+    (room / "deep" / "run.py").write_text("def go():\n    pass\n")
     (room / "core.py").write_text(
         'def step():\n    """Go.\n\n    Curriculum: A1, A2.\n    """\n\ndef _no():\n    pass\n'
     )
@@ -151,6 +154,7 @@ def test_functions_and_tests_name_their_rows(tmp_path):
         "kit.flat.C": "kit.flat.C",
         "kit.room": "kit.room",
         "kit.room.core.step": "kit.room.step",
+        "kit.room.deep.run.go": "kit.room.go",
     }
     tests = book_data.tests_by_row(tmp_path)
     assert tests == {"A1": ["test_x.py::test_it_goes"], "B1": ["test_x.py::test_it_goes"]}
