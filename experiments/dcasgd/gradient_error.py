@@ -9,7 +9,8 @@ taken anew at the server's weights w, and its difference from the stale gradient
 compared with what each predictor makes of g and d = w − w_bak:
 
     hessian   H(w_bak) d of that mini-batch: Taylor's first order
-    fisher    the mean over the batch's examples of g_i (g_i · d)
+    fisher    the mean over the batch's examples of g_i (g_i · d), with the labels of the data:
+              the empirical Fisher matrix, not the Fisher matrix
     outer     g (g · d), of the batch's mean gradient
     squared   g ⊙ g ⊙ d, its diagonal: DC-ASGD-c
     adaptive  g ⊙ g ⊙ d / √(MeanSquare + ε): DC-ASGD-a

@@ -3,7 +3,8 @@
     python experiments/dcasgd/subset.py            # six minutes of one core
     python experiments/dcasgd/subset.py --smoke    # seconds, writes nothing
 
-Net, rules, timing and schedule are those of `learning_rate.py`; the data are the 5,000 + 1,000
+Net, rules, schedule and times of a gradient are those of `learning_rate.py`, but the server needs
+no time for an update, which moves the order of arrivals a little; the data are the 5,000 + 1,000
 images of Fashion-MNIST in the package, and a run has 600 pushes of 32 examples, about four passes.
 
 Rule of choice. None: every rate is reported. A run that leaves the finite numbers has error 1 and
