@@ -16,9 +16,9 @@ are not among the five reported ones; the smaller rate in a tie. Rates lie a fac
 around the best, and the grid is extended until the best is inside; before that, the six methods of
 MAIN are tried at five rates and the others at three. The test set's 10,000 images are looked at
 after training only, and no rate is chosen by them; the strengths 10, 1 and 1 of DC-a, clipping and
-spring come from an earlier, smaller study, which chose them on its test set. A run with weights or gradients that
-are not finite counts as error 1 in the choice, and is stored as null. All methods have the five
-reported seeds at their own rate and at a shared one, six have them at both neighbours of their own.
+spring come from an earlier study, which chose them on its test set. A run with weights or gradients
+that are not finite counts as error 1 in the choice, and is stored as null. All methods have the
+five reported seeds at their own rate and at a shared one, six have them at both neighbours too.
 Permutations depend on the number of the update alone, so the five seeds share them.
 
 A second record, of four methods at their own rate, has error against samples and against virtual
