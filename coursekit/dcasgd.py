@@ -108,7 +108,7 @@ def compensate(
     displacement: Float[Tensor, "*shape"],
     curvature: Curvature,
     *,
-    lr: float = 0.0,
+    lr: float | None = None,
     cap: float | None = 1.0,
 ) -> Float[Tensor, "*shape"]:
     """Return the gradient that is expected where the server's weights are now.
@@ -123,7 +123,7 @@ def compensate(
         The diagonal c, or a function that multiplies a displacement by the Hessian.
     lr
         Learning rate of the step to come, which together with c makes the gain lr · c: the share of
-        the way back to w_bak that the correction goes. 0: no bound.
+        the way back to w_bak that the correction goes. Needed to cap a diagonal; 0 bounds nothing.
     cap
         Largest gain of a weight; ``None`` for none. Above 1 the correction overshoots w_bak, above
         2 it ends farther off than it began. A function's products are not capped.
@@ -138,19 +138,23 @@ def compensate(
     ------
     ValueError
         For a ``cap`` that is not positive.
+    TypeError
+        For a diagonal to be capped without ``lr``.
 
     Source: arXiv:1609.08326, the server's algorithm; the cap is ours. Curriculum: C1, C2.
 
     Examples
     --------
     >>> g, d = torch.tensor([1.0, 1.0]), torch.tensor([-0.5, 0.25])
-    >>> compensate(g, d, torch.tensor([2.0, 2.0]))
+    >>> compensate(g, d, torch.tensor([2.0, 2.0]), lr=0.1)
     tensor([0.0000, 1.5000])
     """
     if callable(curvature):
         return gradient + curvature(displacement)
     if cap is not None:
         _check.positive("compensate", "cap", cap)
+        if lr is None:
+            raise TypeError("compensate: expected lr, which the cap bounds, or cap=None; got None")
     return gradient + _capped(curvature, lr, cap) * displacement
 
 
@@ -243,14 +247,15 @@ def dc_asgd_a(
         m; ``None`` keeps λ = λ_0 constant.
     curvature
         As in `diagonal_curvature`, or a function of the push and of w − w_bak that returns the
-        product with the Hessian; strength and cap do not touch that.
+        product with the Hessian; strength and cap do not touch that. ``"permuted"`` deals by the
+        number of the update alone: runs of different seeds share their permutations.
     backup
         When w_bak is taken. ``"pull"``: the weights that the worker was sent, at which it computed
         g. ``"push"``: the weights after the worker's own last update, as in the authors' released
         server; others may have changed them before it pulled. Its first w_bak is what it pulled.
     mean_square
         ``"global"``: one MeanSquare, as the equation is written; ``"worker"``: one a worker, as in
-        the authors' released server.
+        the authors' released server. Without ``decay`` there is none.
     cap
         Largest gain, as in `compensate`.
     sizes
@@ -334,8 +339,18 @@ def dc_asgd_c(
     -------
     (server, workers to be served now)
 
+    Raises
+    ------
+    TypeError
+        For an option that only an adaptive λ has.
+    ValueError
+        For an option outside its range.
+
     Source: arXiv:1609.08326, the server's algorithm. Curriculum: C3.
     """
+    for name in ("decay", "epsilon", "mean_square"):
+        if name in options:
+            raise TypeError(f"dc_asgd_c: expected no {name}, which only an adaptive λ has")
     return dc_asgd_a(server, push, lr, strength=strength, decay=None, **options)
 
 
@@ -356,13 +371,15 @@ class DCASGD(torch.optim.Optimizer):
         τ; 0 is SGD to the last bit.
     options
         Those of `dc_asgd_a`, each parameter being one tensor: ``decay=None`` is DC-ASGD-c, and
-        ``strength=0.0`` is SGD with old gradients.
+        ``strength=0.0`` is SGD with old gradients. There is one worker here, so
+        ``mean_square="worker"`` is ``"global"``, and ``backup="push"``, the weights after the
+        last update, would correct nothing: it is refused.
 
     Raises
     ------
     ValueError
-        For a value outside its range; in ``step`` for a gradient that is not finite, before
-        anything has changed.
+        For a value outside its range or ``backup="push"``, in a group's options too; in ``step``
+        for a gradient that is not finite, before anything has changed.
 
     Curriculum: C3.
 
@@ -381,11 +398,24 @@ class DCASGD(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr: float = 1e-2, *, delay: int = 1, **options):
+        self._refuse(lr, delay, **options)
+        super().__init__(params, {"lr": lr, "delay": delay, **options})
+
+    def add_param_group(self, param_group):
+        """Add tensors, with options of their own if they have any."""
+        own = {k: v for k, v in param_group.items() if k != "params"}
+        self._refuse(**(self.defaults | own))
+        super().add_param_group(param_group)
+
+    @staticmethod
+    def _refuse(lr, delay, **options):
+        """Refuse what is out of range; the rule does so with options that are none of its own."""
         _check.in_range("DCASGD", "lr", lr, 0, math.inf)
         _check.integer("DCASGD", "delay", delay, at_least=0)
-        zero = torch.zeros(1)  # on which the rule refuses options that are none of its own
+        zero = torch.zeros(1)
         dc_asgd_a(Server(zero, backups={0: zero}), Push(0, 0, zero, 1), lr, **options)
-        super().__init__(params, {"lr": lr, "delay": delay, **options})
+        if options.get("backup") == "push":
+            raise ValueError("DCASGD: expected backup 'pull', got 'push', the weights it is at")
 
     @torch.no_grad()
     def step(self, closure=None):

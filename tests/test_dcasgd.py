@@ -132,6 +132,8 @@ def test_cap_is_on_unless_taken_off_and_bounds_each_weight_by_itself():
     assert compensate(torch.zeros(2), d, c, lr=0.1, cap=None).tolist() == [1.0, 100.0]
     with pytest.raises(ValueError, match="compensate: expected cap positive and finite, got 0.0"):
         compensate(torch.zeros(2), d, c, lr=0.1, cap=0.0)
+    with pytest.raises(TypeError, match="compensate: expected lr, which the cap bounds, or cap=N"):
+        compensate(torch.zeros(2), d, c)
 
 
 @pytest.mark.covers("C1")
@@ -148,7 +150,8 @@ def test_hessian_product_turns_the_stale_gradient_of_a_quadratic_into_the_fresh_
         oracle = compensate(stale, new - old, lambda d, hessian=hessian: hessian @ d)
         assert torch.allclose(oracle, fresh, atol=1e-13)
         assert not torch.allclose(stale, fresh, atol=0.1)
-        assert not torch.allclose(compensate(stale, new - old, stale * stale), fresh, atol=0.1)
+        squared = compensate(stale, new - old, stale * stale, cap=None)
+        assert not torch.allclose(squared, fresh, atol=0.1)
     diagonal = compensate(stale, new - old, hessian.diagonal(), cap=None)
     assert torch.allclose(diagonal, fresh, atol=1e-14)
 
@@ -515,6 +518,13 @@ def test_options_that_no_rule_can_use_are_refused(options, message):
             use()
 
 
+@pytest.mark.parametrize("option", [{"epsilon": 0.1}, {"mean_square": "worker"}, {"decay": 0.9}])
+def test_the_constant_rule_refuses_what_only_an_adaptive_strength_has(option):
+    rule = functools.partial(dc_asgd_c, **option)
+    with pytest.raises(TypeError, match=f"dc_asgd_c: expected no {next(iter(option))}, which only"):
+        serve(rule, [0], lambda w, k: w)
+
+
 # ---- in the simulator ----
 
 
@@ -691,6 +701,29 @@ def test_rate_and_delay_out_of_range_are_refused_and_so_is_an_unknown_option():
         DCASGD(w, nesterov=True)
 
 
+def test_the_optimizer_refuses_the_backup_that_would_correct_nothing():
+    """Its own last update is the last one: from there nothing has moved. No group may either."""
+    w, v = (torch.ones(1, requires_grad=True) for _ in range(2))
+    message = "DCASGD: expected backup 'pull', got 'push', the weights it is at"
+    with pytest.raises(ValueError, match=message):
+        DCASGD([w], backup="push")
+    with pytest.raises(ValueError, match=message):
+        DCASGD([{"params": [w], "backup": "push"}])
+    optimizer = DCASGD([w])
+    with pytest.raises(ValueError, match=r"DCASGD: expected lr in \[0, inf\], got -1.0"):
+        optimizer.add_param_group({"params": [v], "lr": -1.0})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_with_one_worker_a_mean_square_of_its_own_is_the_global_one():
+    nets = network(), network()
+    one, other = (
+        learn(net, DCASGD(net.parameters(), lr=0.1, delay=3, mean_square=whose), 12)
+        for net, whose in zip(nets, ("global", "worker"), strict=True)
+    )
+    assert torch.equal(one, other)
+
+
 # ---- what the studies found: checked in their records, reported in the chapter ----
 
 
@@ -713,13 +746,14 @@ def test_every_rate_of_the_study_is_the_rule_s_and_inside_its_grid():
 
 @pytest.mark.covers("C4")
 def test_at_one_high_rate_compensation_is_ahead_in_every_recorded_seed():
-    """Spec 5.31: at equal rate; at each method's own rate no sign is asserted, only reported."""
+    """Spec 5.31: at equal rate; at each method's own most is gone, and no sign is asserted."""
     record = experiment.stored("dcasgd/learning_rate")
     at_shared = {m: np.array(record.values[f"{m}/at_shared_rate"]) for m in ("asgd", "dc_a")}
     assert (at_shared["dc_a"] < at_shared["asgd"]).all()
     own = np.subtract(record.values["dc_a/test"], record.values["asgd/test"])
     assert len(own) >= 5
-    assert np.isfinite(experiment.interval(own)).all()
+    gain = (at_shared["asgd"] - at_shared["dc_a"]).mean()
+    assert abs(own.mean()) < gain / 5
     for method in ("asgd", "dc_a"):  # eight workers: seven updates in between, whatever the times
         assert np.mean(record.values[f"{method}/staleness"]) == pytest.approx(7, abs=0.1)
 
@@ -740,6 +774,13 @@ def test_recorded_quality_of_compensation_is_that_of_its_controls():
     for net in record.config["nets"]:
         for lr in record.config["learning_rates"]:
             assert left(net, lr, "squared", 0.04) == pytest.approx(1, abs=0.01)  # the paper's λ
+            at_best = {
+                name: np.median(np.sqrt(1 - np.square(record.values[f"{net}/{lr}/{name}/cosine"])))
+                for name in ("hessian", "adaptive", "permuted", "mean", "spring")
+            }
+            # the squares say more than on the wrong weights, and less than no curvature at all
+            assert at_best["hessian"] < at_best["spring"] < at_best["mean"]
+            assert at_best["spring"] < at_best["adaptive"] < at_best["permuted"]
     slow = min(record.config["learning_rates"])
     assert left("tanh", slow, "hessian", 1.0) < 0.5 < left("tanh", slow, "adaptive", 2.0)
 
