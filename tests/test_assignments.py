@@ -4,6 +4,7 @@ Blank earns nothing, the master's solution earns everything, and each typical wr
 points of its question, no others, with a message that says what to look at.
 """
 
+import functools
 import os
 import re
 import shutil
@@ -72,10 +73,11 @@ def course(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def graded(course):
-    """Every submission of this file, graded: ``graded[assignment][student]``."""
+    """A function of an assignment's name: its submissions, graded once, by student."""
     folder, nbgrader = course
-    results = {}
-    for name in NAMES:
+
+    @functools.cache
+    def grade(name):
         file = f"{name}.ipynb"
         handed_in = {"blank": nbformat.read(folder / "release" / name / file, 4)}
         handed_in["solved"] = nbformat.read(master(name), 4)
@@ -90,8 +92,9 @@ def graded(course):
             nbformat.write(notebook, path)
         nbgrader("autograde", name, "--create")
         with Gradebook(f"sqlite:///{folder / 'gradebook.db'}") as book:
-            results[name] = {s: read_result(folder, book, name, s) for s in handed_in}
-    return results
+            return {student: read_result(folder, book, name, student) for student in handed_in}
+
+    return grade
 
 
 def read_result(folder, book, name, student):
@@ -109,14 +112,14 @@ def read_result(folder, book, name, student):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_blank_version_earns_nothing(graded, name):
-    blank = graded[name]["blank"]
+    blank = graded(name)["blank"]
     assert blank.scores == dict.fromkeys(points(master(name)), 0)
     assert all(blank.errors.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_solution_earns_every_point(graded, name):
-    solved = graded[name]["solved"]
+    solved = graded(name)["solved"]
     assert solved.scores == points(master(name))
     assert sum(solved.scores.values()) > 0
     assert solved.errors == {}
@@ -125,7 +128,7 @@ def test_the_solution_earns_every_point(graded, name):
 @pytest.mark.parametrize("path", WRONG.values(), ids=WRONG)
 def test_a_wrong_answer_loses_its_question_alone_and_is_told_why(graded, path):
     name, check = path.parent.name, f"{question(path)}-check"
-    result = graded[name][path.stem]
+    result = graded(name)[path.stem]
     assert result.scores == points(master(name)) | {check: 0}
     assert list(result.errors) == [check]
     slip, message = re.match(r"# (.+)\n# says: (.+)\n", path.read_text("utf-8")).groups()
