@@ -241,7 +241,6 @@ def test_a_rule_writes_into_nothing_that_it_is_given(rule):
         assert torch.equal(server.weights, weights)
         assert all(torch.equal(server.backups[m], backups[m]) for m in backups)
         assert all(torch.equal(server.memory[k], copies[k]) for k in copies)
-        assert server.to_dict().keys() == before.keys()
 
 
 # ---- synchronous rules ----
@@ -370,6 +369,7 @@ def test_nobody_is_served_further_ahead_than_the_bound(bound, order):  # spec 5.
         slowest = min(server.clocks.values())
         assert all(server.clocks[m] - slowest <= bound for m in server.awaited)
         assert all(server.clocks[m] - slowest > bound for m in server.waiting)
+        assert server.applied is None or server.applied.staleness <= 2 * (2 * bound + 1)
         assert server.awaited | set(server.waiting) == server.workers
     assert servers[-1].version == sum(servers[-1].clocks.values())
 
@@ -494,6 +494,14 @@ def test_elastic_averaging_by_hand():
     assert server.backups[0].item() == pytest.approx(0.95 - 0.05 * 0.9)
 
 
+def test_a_large_gradient_does_not_drown_the_elastic_force():
+    server, rule = cluster(2, torch.ones(1)), partial(easgd, force=1e-6)
+    server, _ = send(server, 0, torch.tensor([1e4]), 0.1, rule)  # own model: 1 − 1000
+    assert server.weights.item() == pytest.approx(1 - 1e-4, abs=1e-7)
+    assert server.applied.gradient_norm == pytest.approx(1e-3, rel=1e-4)
+    assert server.applied.correction_norm == 0
+
+
 @given(orders)
 def test_the_elastic_force_moves_worker_and_centre_by_the_same_amount(order):
     servers = play(order, partial(easgd, force=2.0))
@@ -534,11 +542,18 @@ def test_a_gradient_that_is_not_finite_is_refused_before_anything_changes(rule, 
                for name, value in server.to_dict().items())  # fmt: skip
 
 
-def test_a_huge_finite_gradient_is_not_refused():
-    huge = values(3e38, 3e38, dtype=torch.float32)
-    server = cluster(1, torch.zeros(2))
-    server, _ = receive(server, Push(0, 0, huge, 4), 1e-38, asgd)
-    assert server.version == 1
+@pytest.mark.parametrize("rule", [gap_aware, partial(clipped, max_norm=1.0), asgd])
+def test_a_gradient_whose_squares_overflow_is_refused_and_a_large_one_is_not(rule):
+    server = cluster(1, torch.zeros(1))
+    huge, large = (values(size, dtype=torch.float32) for size in (1e25, 1e18))
+    after, served = receive(server, Push(0, 0, huge, 4), 0.1, rule)
+    assert served == (0,)
+    assert after.counts == {"refused_nonfinite": 1}
+    assert after.memory == {}
+    after, _ = receive(after, Push(0, 0, large, 4), 0.1, rule)
+    assert after.version == 1
+    assert 0 < after.weights.abs().item() < math.inf
+    assert all(value.isfinite().all() for value in after.memory.values())
 
 
 @every_rule
@@ -552,6 +567,34 @@ def test_a_push_that_comes_twice_is_applied_once(rule):  # spec 5.26
     assert torch.equal(once.weights, twice.weights)
     assert len(once.held) == len(twice.held)
     assert once.clocks == twice.clocks
+
+
+WRONG = {
+    "version of the future": {"version": 99},
+    "negative version": {"version": -1},
+    "length": {"gradient": torch.ones(3, dtype=torch.float64)},
+    "epoch": {"epoch": 1},
+    "not finite": {"gradient": values(math.nan, 1.0)},
+}
+
+
+@every_rule
+@pytest.mark.parametrize("fields", WRONG.values(), ids=WRONG)
+def test_nobody_gets_two_gradients_into_one_update_by_a_push_that_cannot_be_used(rule, fields):
+    for server in play([0, 1, 2, 0, 2, 1, 1], rule):  # spec 5.26, 5.27
+        for m in server.workers:
+            good = {"version": server.pulled[m], "gradient": values(1.0, 1.0), "samples": 4}
+            after, served = receive(server, Push(m, **good | fields), 0.1, rule)
+            assert served == ((m,) if m in server.awaited else ())
+            assert after.but(counts=None).__dict__ == server.but(counts=None).__dict__
+
+
+def test_a_worker_whose_gradient_is_held_cannot_push_again_by_way_of_a_wrong_version():
+    server, _ = send(cluster(2, values(0.0)), 0, values(1.0), 1.0, ssgd)
+    server, served = send(server, 0, values(9.0), 1.0, ssgd, version=5)
+    assert served == ()
+    server, _ = send(server, 1, values(3.0), 1.0, ssgd)
+    assert server.weights.item() == -2.0
 
 
 def test_a_late_copy_of_an_old_push_is_ignored_while_the_worker_is_busy_with_newer_weights():
@@ -590,6 +633,7 @@ def test_no_gradient_of_before_a_restart_is_applied_after_it():  # spec 5.28
     again = restart(Server.from_dict(server.to_dict()))
     assert again.epoch == 1
     assert again.held == ()
+    assert again.counts == {"accepted": 0, "lost": 1}
     assert again.backups == {}
     old = Push(1, 0, values(5.0, 5.0), 4, epoch=0)
     again, served = receive(again, old, 0.1, ssgd)
@@ -639,9 +683,11 @@ def test_what_belonged_to_the_dead_is_freed_and_the_others_go_on():  # spec 5.22
         (partial(ringmaster, threshold=3, update=ssgd), (0, 1)),
         (partial(gap_aware, update=partial(staleness_aware, update=ssgd)), (0, 1)),
         (partial(stale_synchronous, bound=0), (0, 1)),
+        (partial(stale_synchronous, bound=0, update=ssgd), (0, 1)),
     ],
-    ids=["ssgd", "backup", "groups", "clipped", "ringmaster", "aware", "stale_synchronous"],
-)
+    ids=["ssgd", "backup", "groups", "clipped", "ringmaster", "aware", "stale_synchronous",
+         "stale_synchronous ssgd"],
+)  # fmt: skip
 def test_those_who_waited_for_the_dead_go_on(rule, served):  # spec 5.22
     server = cluster(3)
     for m in (0, 1):
@@ -657,6 +703,7 @@ def test_the_gradient_of_the_dead_is_dropped():  # spec 5.22
     server, _ = send(server, 0, values(100.0), 1.0, ssgd)
     server, served = leave(server, 0, 1.0, ssgd)
     assert served == ()
+    assert server.counts == {"accepted": 0, "lost": 1}
     for m in (1, 2):
         server, _ = send(server, m, values(2.0), 1.0, ssgd)
     assert server.weights.item() == -2.0

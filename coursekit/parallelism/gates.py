@@ -96,7 +96,8 @@ def backup_workers(
         How many gradients of a round are left out, at least 0.
     cancel
         Whether the late are served with the others and abandon their work. If not, they finish, and
-        what they send is dropped by its version.
+        what they send is dropped by its version. Real workers always finish: the trace of a run by
+        `launch` is one of ``cancel=False``.
     update
         What is done with the mean.
 
@@ -158,7 +159,8 @@ def stale_synchronous(
     server, push, lr
         A worker's clock counts its accepted gradients.
     bound
-        A worker whose clock is more than this ahead of the slowest one's waits.
+        A worker whose clock is more than this ahead of the slowest one's waits. It bounds clocks;
+        staleness counts the updates of all, and may reach (M − 1)(2 · bound + 1) with M workers.
     update
         What is done with the gradient.
 
@@ -170,7 +172,7 @@ def stale_synchronous(
     server (2013). Curriculum: P4.
     """
     _check.integer("stale_synchronous", "bound", bound, at_least=0)
-    if push is not None:
+    if push is not None or server.held:
         server, served = update(server, push, lr)
         server = server.but(waiting=(*server.waiting, *served))
     slowest = min(server.clocks[m] for m in server.workers)
@@ -230,7 +232,7 @@ def staleness_aware(
     -------
     (server, workers to be served now)
 
-    Source: W. Zhang et al., Staleness-aware async-SGD (2015), equation 6. Curriculum: P2.
+    Source: W. Zhang et al., Staleness-aware async-SGD (2015). Curriculum: P2.
     """
     staleness = 0 if push is None else server.version - push.version
     return update(server, push, lr / max(1, staleness))

@@ -5,6 +5,8 @@ A rule is ``(server, push, lr) -> (server, workers to be served now)``; its opti
 the last bit. The rules of `coursekit.parallelism.gates` decide when these are called.
 """
 
+from dataclasses import replace
+
 import torch
 
 from coursekit.parallelism.server import Push, Served, Server, step
@@ -116,7 +118,9 @@ def easgd(server: Server, push: Push, lr: float, *, force: float) -> tuple[Serve
     Parameters
     ----------
     server, push, lr
-        The server's weights w are the centre; x_m is worker m's own model, which it is sent.
+        The server's weights w are the centre; x_m is worker m's own model, which it is sent and
+        which is rebuilt here, with the rate at the arrival of its gradient. What the centre is
+        moved by is logged as the gradient.
     force
         ρ of the paper; lr · force is its α, which should stay below 1.
 
@@ -129,9 +133,6 @@ def easgd(server: Server, push: Push, lr: float, *, force: float) -> tuple[Serve
     """
     own = server.backups[push.worker] - lr * push.gradient
     elastic = force * (server.weights - own)  # gradient of the penalty at the centre
-
-    def correct(gradient, displacement, memory):
-        return elastic - gradient, memory, 0.0
-
     personal = {**server.personal, push.worker: own + lr * elastic}
-    return step(server, push, lr, correct).but(personal=personal), (push.worker,)
+    server = step(server, replace(push, gradient=elastic), lr)
+    return server.but(personal=personal), (push.worker,)

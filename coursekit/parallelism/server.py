@@ -82,7 +82,8 @@ class Server:
     memory
         The rule's own tensors; ``"name/3"`` belongs to worker 3 and goes with it.
     counts
-        Of pushes: ``accepted``, ``dropped`` by a rule, ``refused_nonfinite`` and so on.
+        Of pushes: ``accepted``, of which the rule ``dropped`` some, ``refused_nonfinite`` and so
+        on, and ``lost``, accepted no longer, while they were held.
     epoch
         The server's life, raised by `restart`.
     applied
@@ -148,7 +149,8 @@ def receive(server: Server, push: Push, lr: float, rule: Rule) -> tuple[Server, 
     ----------
     server, push
         The push is refused if its worker is unknown, its epoch, length or version is wrong, it came
-        already, or it holds infinity or NaN.
+        already, or the sum of its squares is not finite: a number is NaN, infinite, or so large
+        that norms and mean squares made of it would be (1.8e19 in float32).
     lr
         The rate of an update made now.
     rule
@@ -158,11 +160,13 @@ def receive(server: Server, push: Push, lr: float, rule: Rule) -> tuple[Server, 
     -------
     (server, workers to be served now)
         Whoever sent what cannot be used is told to pull again; a late or second copy of a push is
-        ignored, since its worker has its answer or waits for it.
+        ignored, and so is whatever comes from a worker whose gradient is held or that waits.
     """
     fault = _fault(server, push)
     if fault:
-        return count(server, f"refused_{fault}"), (push.worker,) * (fault in TOLD_TO_PULL)
+        waits = push.worker in {*server.waiting, *(other.worker for other in server.held)}
+        told = fault in TOLD_TO_PULL and not waits
+        return count(server, f"refused_{fault}"), (push.worker,) * told
     server = server.but(
         awaited=server.awaited - {push.worker},
         clocks={**server.clocks, push.worker: server.clocks[push.worker] + 1},
@@ -184,10 +188,7 @@ def _fault(server: Server, push: Push) -> str:
         return "version"
     if push.version < last or push.worker not in server.awaited:
         return "duplicate"
-    # A finite norm is proof enough, and cheap; that of a huge finite gradient may overflow.
-    norm = torch.linalg.vector_norm(push.gradient).item()
-    finite = math.isfinite(norm) or bool(push.gradient.isfinite().all())
-    return "" if finite else "nonfinite"
+    return "" if math.isfinite(push.gradient.dot(push.gradient)) else "nonfinite"
 
 
 def pull(server: Server, worker: int) -> tuple[Server, Vector]:
@@ -224,7 +225,7 @@ def leave(server: Server, worker: int, lr: float, rule: Rule) -> tuple[Server, S
     Parameters
     ----------
     server, worker
-        Its gradient that waits for others is dropped with it.
+        Its gradient that waits for others goes with it, counted as lost.
     lr, rule
         A rule that holds gradients or workers is asked again, with None in place of a push.
 
@@ -239,14 +240,13 @@ def leave(server: Server, worker: int, lr: float, rule: Rule) -> tuple[Server, S
     """
     if worker not in server.workers:
         raise ValueError(f"leave: expected one of {sorted(server.workers)}, got worker {worker}")
-    server = server.but(
+    server = _lose(server, tuple(push for push in server.held if push.worker == worker)).but(
         workers=server.workers - {worker},
         awaited=server.awaited - {worker},
         backups=_without(server.backups, worker),
         pulled=_without(server.pulled, worker),
         personal=_without(server.personal, worker),
         clocks=_without(server.clocks, worker),
-        held=tuple(push for push in server.held if push.worker != worker),
         waiting=tuple(m for m in server.waiting if m != worker),
         memory={k: v for k, v in server.memory.items() if not k.endswith(f"/{worker}")},
     )
@@ -254,9 +254,12 @@ def leave(server: Server, worker: int, lr: float, rule: Rule) -> tuple[Server, S
 
 
 def restart(server: Server) -> Server:
-    """Begin a new life after a checkpoint was read: all workers must pull, old pushes are void."""
+    """Begin a new life after a checkpoint was read: all workers must pull, old pushes are void.
+
+    Gradients that waited for others are counted as lost.
+    """
     forgotten = server.but(backups={}, pulled={}, awaited=frozenset(), personal={})
-    return forgotten.but(held=(), waiting=(), epoch=server.epoch + 1)
+    return _lose(forgotten, server.held).but(waiting=(), epoch=server.epoch + 1)
 
 
 def step(
@@ -327,6 +330,13 @@ def _without(mapping: Mapping[int, Any], worker: int) -> dict[int, Any]:
     return {m: value for m, value in mapping.items() if m != worker}
 
 
-def count(server: Server, what: str) -> Server:
-    """Add one to a count."""
-    return server.but(counts={**server.counts, what: server.counts.get(what, 0) + 1})
+def _lose(server: Server, pushes: tuple[Push, ...]) -> Server:
+    """Give held gradients up: they were accepted, and will never be applied."""
+    for _ in pushes:
+        server = count(count(server, "accepted", -1), "lost")
+    return server.but(held=tuple(push for push in server.held if push not in pushes))
+
+
+def count(server: Server, what: str, number: int = 1) -> Server:
+    """Add to a count."""
+    return server.but(counts={**server.counts, what: server.counts.get(what, 0) + number})
