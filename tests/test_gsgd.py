@@ -546,11 +546,12 @@ def test_a_zero_weight_is_legal_outside_the_skeleton():
     assert net[0].weight[0, 1] != 0
 
 
+@pytest.mark.parametrize("guard", [{}, {"max_ratio": 2.0}, {"max_ratio": 2.0, "refuse": True}])
 @pytest.mark.parametrize(("layer", "entry"), [(0, (1, 1)), (2, (2, 2)), (4, (1, 3))])
-def test_a_zero_skeleton_weight_is_refused_and_nothing_moves(layer, entry):
+def test_a_zero_skeleton_weight_is_refused_and_nothing_moves(layer, entry, guard):
     """spec 6.11"""
     net = start([3, 4, 4, 2])
-    optimizer = GSGD(net, lr=0.01, momentum=0.9)
+    optimizer = GSGD(net, lr=0.01, momentum=0.9, **guard)
     losses(net, optimizer, 2)
     with torch.no_grad():
         net[layer].weight[entry] = 0.0
@@ -604,7 +605,9 @@ def test_a_step_that_would_turn_a_path_round_is_refused_or_clipped():
     assert not optimizer.state_dict()["state"]
     clipped = copy.deepcopy(net)
     backward(clipped, x, y)
-    GSGD(clipped, lr=100.0, max_ratio=2.0, refuse=True).step()
+    with pytest.raises(RuntimeError, match="every ratio R of path values above zero"):
+        GSGD(clipped, lr=100.0, max_ratio=2.0, refuse=True).step()  # a sign, clipped or not
+    GSGD(clipped, lr=100.0, max_ratio=2.0).step()
     R = (clipped[0].weight[range(4), [0, 1, 2, 0]] / S).detach()
     assert R.min().item() == pytest.approx(0.5)
     assert R.max() <= 2.0
@@ -728,10 +731,12 @@ def test_a_stored_state_continues_where_it_stopped(options, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -1.0}, r"GSGD: expected lr in \[0, inf\], got -1.0"),
-        ({"momentum": 1.5}, r"GSGD: expected momentum in \[0, 1\], got 1.5"),
+        ({"lr": -1.0}, r"GSGD: expected lr in \[0, inf\), got -1.0"),
+        ({"lr": math.inf}, r"GSGD: expected lr in \[0, inf\), got inf"),
+        ({"momentum": 1.0}, r"GSGD: expected momentum in \[0, 1\), got 1.0"),
         ({"weight_decay": -1.0}, "GSGD: expected weight_decay in"),
-        ({"max_ratio": 0.5}, r"GSGD: expected max_ratio in \[1, inf\], got 0.5"),
+        ({"max_ratio": 0.5}, r"GSGD: expected max_ratio in \[1, inf\), got 0.5"),
+        ({"max_ratio": math.inf}, r"GSGD: expected max_ratio in \[1, inf\), got inf"),
         ({"regauge": 0}, "GSGD: expected regauge of at least 1, got 0"),
     ],
 )
@@ -763,7 +768,9 @@ def test_a_missing_gradient_is_refused_before_anything_moves(kind):
     backward(net, *batch(net))
     net[2].bias.grad = None
     before = flat(net)
-    with pytest.raises(RuntimeError, match="expected a gradient for every parameter, got none"):
+    with pytest.raises(
+        RuntimeError, match=r"expected a gradient for every parameter, got none for '2\.bias'"
+    ):
         kind(net, lr=0.1).step()
     assert torch.equal(flat(net), before)
 
@@ -806,6 +813,9 @@ def test_the_stored_benchmark_keeps_the_promised_ratio():
     middle = {name: statistics.median(times) for name, times in record.config["ms"].items()}
     for case in ("perceptron", "plain34"):
         ratio = middle[f"{case}/gsgd/step"] / middle[f"{case}/sgd/step"]
+        if "interval" in record.config:
+            low, high = record.config["interval"][case]
+            assert low <= ratio <= high
         assert ratio == pytest.approx(record.values[f"{case}_gsgd_over_sgd"][0], rel=1e-3)
         assert ratio <= 1.10
 

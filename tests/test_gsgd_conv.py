@@ -393,6 +393,9 @@ SHARED = nn.Linear(2, 2)
         ([SHARED, SHARED], r"got layer '2': Linear"),
         ([nn.Flatten(), nn.Linear(5, 2)], r"got layer '2': Linear\(in_features=5"),
         ([nn.Softmax(dim=1)], r"got layer '1': Softmax"),
+        ([nn.Conv2d(2, 3, 1)], r"Flatten between maps and units, got layer '1': Conv2d"),
+        ([nn.Flatten(), nn.Linear(4, 2)], r"got layer '2': Linear\(in_features=4"),  # of 2 units
+        ([nn.MaxPool2d(1)], r"got layer '1': MaxPool2d"),  # over units
     ],
 )
 def test_a_layer_that_is_not_supported_is_named(layers, message):
@@ -402,11 +405,21 @@ def test_a_layer_that_is_not_supported_is_named(layers, message):
             use(net)
 
 
+@pytest.mark.parametrize("between", [[], [nn.Flatten(2)], [nn.AvgPool2d(1)]])
+def test_maps_that_are_not_flattened_do_not_meet_a_linear_layer(between):
+    """It acts on the columns of an image: to rescale maps as if it read them is wrong."""
+    layers = [nn.Conv2d(1, 2, 1), nn.ReLU(), *between, nn.Linear(4, 3)]
+    for net in (nn.Sequential(*layers), nn.Sequential(layers[0], nn.BatchNorm2d(2), *layers[1:])):
+        with pytest.raises(
+            ValueError, match=rf"maps and units, got layer '{len(net) - 1}': Linear"
+        ):
+            Skeleton(net)
+
+
 def test_a_bad_layer_inside_a_block_is_named():
-    net = models.resnet_cifar(
-        8, width=2, norm=lambda maps: nn.GroupNorm(1, maps), generator=torch.Generator()
-    )
-    with pytest.raises(ValueError, match=r"got layer '1': GroupNorm"):
+    net = models.resnet_cifar(8, width=2, generator=torch.Generator())
+    net[3].norm1 = nn.GroupNorm(1, 2)
+    with pytest.raises(ValueError, match=r"got layer '3\.norm1': GroupNorm"):
         Skeleton(net)
 
 

@@ -50,8 +50,7 @@ class PathSGD(torch.optim.Optimizer):
         """Take one step; ``closure``, if given, recomputes loss and gradients first."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         lr = self.param_groups[0]["lr"]
-        for p in self.param_groups[0]["params"]:
-            gradient_of(p)
+        self.skeleton.require_gradients("PathSGD")
         for layers, _ in self.skeleton.chains:
             into = [torch.ones(layers[0].fan_in).to(layers[0].weight)]
             for layer in layers[:-1]:
@@ -126,8 +125,8 @@ def unit_norm_(net: nn.Module) -> None:
     After each step of SGD this is descent in one gauge, whatever rescaling the start had. ``net``
     is as in `Skeleton`, with no node cut off, and changed in place.
 
-    Source: V. Badrinarayanan, B. Mishra and R. Cipolla, Symmetry-invariant optimization in deep
-    networks, arXiv:1511.01754, section 3. Curriculum: G5.
+    Source: V. Badrinarayanan, B. Mishra and R. Cipolla, Understanding symmetries in deep networks,
+    arXiv:1511.01029. Curriculum: G5.
     """
     for chain in Skeleton(net).chains:
         for before, after in zip(chain.layers, chain.layers[1:], strict=False):

@@ -21,12 +21,35 @@ class _Plan(NamedTuple):
     tails: list[Tensor]  # F
     S: list[Tensor]
     T: list[Tensor]
+    raw: list[Tensor]  # R before max_ratio clips it
     ratios: list[Tensor]  # new S over old S
     heads: list[Any]  # None where all are held; else new skeleton weights into the nodes
     buffers: list[Any]  # the heads' momentum
 
 
-class GSGD(torch.optim.Optimizer):
+class _WithSkeleton(torch.optim.Optimizer):
+    """An optimizer whose state says which edges are the skeleton."""
+
+    skeleton: Skeleton
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return options, momentum, and which edges are the skeleton."""
+        return super().state_dict() | {"skeleton": self.skeleton.chosen()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned, for a network of the same shape, or nothing."""
+        if "skeleton" not in state_dict:
+            raise ValueError("load_state_dict: expected 'skeleton' in the state, got none")
+        old = self.skeleton.chosen()
+        self.skeleton.choose_(state_dict["skeleton"])
+        try:
+            super().load_state_dict({k: v for k, v in state_dict.items() if k != "skeleton"})
+        except Exception:
+            self.skeleton.choose_(old)
+            raise
+
+
+class GSGD(_WithSkeleton):
     """Step along the gradient with respect to basis-path values, then find weights that have them.
 
     .. code-block:: text
@@ -51,11 +74,13 @@ class GSGD(torch.optim.Optimizer):
     momentum
         Heavy ball on path gradients, as in the released code.
     weight_decay
-        Times v_e on the gradient of the paths that have an edge outside the skeleton, as there.
+        Times v_e on the gradient of the paths that have an edge outside the skeleton, as there;
+        times w on that of what lies in no chain, as in SGD.
     max_ratio
         ρ ≥ 1 clips the R of all-skeleton paths to [1/ρ, ρ].
     refuse
-        Raise before a step that would bring an all-skeleton path's value to zero or past it.
+        Raise before a step that would bring an all-skeleton path's value to zero or past it,
+        whether or not ``max_ratio`` would clip it.
     regauge
         After so many steps choose the largest skeleton anew, rescale to abs(F) = 1 and drop the
         momentum; the function stays.
@@ -68,7 +93,12 @@ class GSGD(torch.optim.Optimizer):
         For an option outside its range, a network `Skeleton` refuses, or a skeleton weight of 0.
     RuntimeError
         In ``step``, before anything has changed: when a gradient is missing, when an R is not
-        finite, and, with ``refuse``, when an R is not positive.
+        finite or leaves a head at 0, and, with ``refuse``, when an R is not positive.
+
+    Only the R are looked at, and what they are made of: heads and their gradients, and of the two
+    layers at a node the gradients of the smaller one. Any other gradient that is not finite gets
+    into its weight, as in `torch.optim.SGD`, and the next step is refused. ``regauge`` finds a node
+    that is cut off only after the step has been taken: then skeleton and scale stay as they were.
 
     Convention: the loss is to depend on the network's outputs alone; a penalty on weights is no
     function of path values. Then Σ w δ over a node's incoming edges equals that over its outgoing
@@ -100,11 +130,11 @@ class GSGD(torch.optim.Optimizer):
         regauge: int | None = None,
         skeleton: Skeleton | None = None,
     ):
-        _check.in_range("GSGD", "lr", lr, 0, math.inf)
-        _check.in_range("GSGD", "momentum", momentum)
-        _check.in_range("GSGD", "weight_decay", weight_decay, 0, math.inf)
+        _below("lr", lr, 0, math.inf)
+        _below("momentum", momentum, 0, 1)
+        _below("weight_decay", weight_decay, 0, math.inf)
         if max_ratio is not None:
-            _check.in_range("GSGD", "max_ratio", max_ratio, 1, math.inf)
+            _below("max_ratio", max_ratio, 1, math.inf)
         if regauge is not None:
             _check.integer("GSGD", "regauge", regauge, at_least=1)
         self.skeleton = skeleton or Skeleton(net)
@@ -118,8 +148,7 @@ class GSGD(torch.optim.Optimizer):
         """Take one step; ``closure``, if given, recomputes loss and gradients first."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         options, skeleton = self.param_groups[0], self.skeleton
-        for p in options["params"]:
-            gradient_of(p)
+        skeleton.require_gradients("GSGD")
         skeleton.follow_()
         plans = [(chain, self._plan(chain, options)) for chain in skeleton.chains]
         for chain, plan in plans:
@@ -139,24 +168,25 @@ class GSGD(torch.optim.Optimizer):
         lr, momentum, clip = (options[k] for k in ("lr", "momentum", "max_ratio"))
         gradients = [_gradient(layer) for layer in chain.layers]
         heads, tails, S, T = chain.products()
-        plan = _Plan(gradients, tails, S, T, [], [], [])
+        plan = _Plan(gradients, tails, S, T, [], [], [], [])
         Q = _through(chain, gradients, tails)
         for i, (layer, group) in enumerate(zip(chain.layers, chain.groups, strict=False)):
             before: Any = plan.ratios[i - 1][group.parent] if i else 1.0
-            ratio, head, g = before, None, None
+            raw, ratio, head, g = before, before, None, None
             if not group.all_held:
                 value = S[i] * T[i]
                 g = (heads[i] * gradients[i].take(group.head) - Q[i]) / value
                 old = self.state.get(layer.weight, {}).get("momentum_buffer")
                 if old is not None:
                     g += momentum * old.take(group.head)
-                ratio = torch.addcdiv(torch.ones_like(g), g, value, value=-lr)
+                raw = ratio = torch.addcdiv(torch.ones_like(g), g, value, value=-lr)
                 if clip:
-                    ratio = ratio.clamp(1 / clip, clip)
+                    ratio = raw.clamp(1 / clip, clip)
                 head = heads[i] * ratio
                 if i:
-                    ratio = torch.where(group.held, before, ratio)
+                    raw, ratio = (torch.where(group.held, before, x) for x in (raw, ratio))
                     head = heads[i] * (ratio / before)
+            plan.raw.append(raw)
             plan.ratios.append(ratio)
             plan.heads.append(head)
             plan.buffers.append(g)
@@ -207,14 +237,10 @@ class GSGD(torch.optim.Optimizer):
         elif T is None:
             w.sub_(g, alpha=lr)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return options, momentum, and which edges are the skeleton."""
-        return super().state_dict() | {"skeleton": self.skeleton.chosen()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned, for a network of the same shape."""
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "skeleton"})
-        self.skeleton.choose_(state_dict["skeleton"])
+def _below(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value < high:
+        raise ValueError(f"GSGD: expected {name} in [{low}, {high}), got {value}")
 
 
 def _gradient(layer: Layer) -> Tensor:
@@ -247,22 +273,24 @@ def _through(chain: Chain, gradients: list[Tensor], tails: list[Tensor]) -> list
 
 def _guard(chain: Chain, plan: _Plan, refuse: bool) -> None:
     """Refuse a step that has no finite weights, or none of the same signs."""
-    for layer, group, ratio in zip(chain.layers, chain.groups, plan.ratios, strict=False):
+    for i, (layer, group) in enumerate(zip(chain.layers, chain.groups, strict=False)):
+        raw, ratio = plan.raw[i], plan.ratios[i]
         if group.all_held:
             continue
-        if not math.isfinite(ratio.sum()):
+        if not math.isfinite(raw.sum()) or not bool(ratio.all()):
             raise RuntimeError(
                 f"GSGD: expected finite ratios of path values, got others into layer "
-                f"'{layer.name}': a gradient is not finite, or an all-skeleton path value is 0"
+                f"'{layer.name}': a gradient is not finite, or an all-skeleton path value is 0 or "
+                "would be"
             )
-        if refuse and not bool((ratio > 0).all()):
+        if refuse and not bool((raw > 0).all()):
             raise RuntimeError(
-                f"GSGD: expected every ratio R of path values above zero, got {ratio.min():.3g} "
-                f"into layer '{layer.name}'; a smaller lr, max_ratio or regauge avoids it"
+                f"GSGD: expected every ratio R of path values above zero, got {raw.min():.3g} "
+                f"into layer '{layer.name}'; a smaller lr or regauge avoids it"
             )
 
 
-class FrozenSkeletonSGD(torch.optim.SGD):
+class FrozenSkeletonSGD(_WithSkeleton, torch.optim.SGD):
     """Step along the gradient with respect to the weights, and leave the free set F as it is.
 
     Where abs(F) = 1 this is descent in coordinates that a rescaling leaves alone, w_e T(b) / T(a):
@@ -297,6 +325,7 @@ class FrozenSkeletonSGD(torch.optim.SGD):
     def step(self, closure=None):
         """Take one step; ``closure``, if given, recomputes loss and gradients first."""
         loss = None if closure is None else torch.enable_grad()(closure)()
+        self.skeleton.follow_()
         free = [(la, edges, la.at(edges)) for la, edges in self.skeleton.edges(heads=False)]
         super().step()
         for layer, edges, values in free:

@@ -140,9 +140,10 @@ class Skeleton:
         _check.one_of("Skeleton", "batch_norm", batch_norm, ("gamma", "paper"))
         _check.one_of("Skeleton", "choose", choose, ("modulo", "largest"))
         runs = _runs(net, batch_norm == "paper")
+        self.named = list(net.named_parameters())
         self.chains = [_chain(layers, *_choice(layers, choose == "largest")) for layers in runs]
         inside = [p for layers in runs for layer in layers for p in layer.parameters]
-        self.rest = [p for p in net.parameters() if not any(p is q for q in inside)]
+        self.rest = [p for _, p in self.named if not any(p is q for q in inside)]
         self.m = sum(p.numel() for p in inside)
         groups = [group for chain in self.chains for group in chain.groups]
         self.H = sum(len(group.head) for group in groups)
@@ -180,15 +181,51 @@ class Skeleton:
                     f"layer '{layer.name}'; Skeleton(net).ones_() or choose='largest' mends it"
                 )
 
+    def require_gradients(self, function: str) -> None:
+        """Refuse a parameter that has no gradient, by its name."""
+        for name, p in self.named:
+            if p.grad is None:
+                raise RuntimeError(
+                    f"{function}: expected a gradient for every parameter, got none for '{name}'"
+                )
+
     def regauge_(self) -> None:
-        """Choose the largest skeleton anew and rescale so that F is ±1; the function stays."""
+        """Choose the largest skeleton anew and rescale so that F is ±1; the function stays.
+
+        A node that is cut off, all its edges on one side 0, is refused before anything changes.
+        """
+        old = self.chosen()
         self.choose_([_choice(layers, True) for layers, _ in self.chains])
-        self.require_nonzero("regauge_")
+        try:
+            self.require_nonzero("regauge_")
+        except ValueError:
+            self.choose_(old)
+            raise
         for chain in self.chains:
             _rescale_(chain.layers, [tail.abs() for tail in chain.products()[3]])
 
     def choose_(self, edges: Sequence[tuple[list[Tensor], list[Tensor]]]) -> None:
-        """Take the given heads and tails of each chain, one tensor a group, in place of its own."""
+        """Take the given heads and tails of each chain, one tensor a group, in place of its own.
+
+        Positions that are not one edge into and one out of each hidden node are refused.
+        """
+        shapes = [[len(la.weight) for la in chain.layers[:-1]] for chain in self.chains]
+        fits = len(edges) == len(shapes) and all(
+            [len(head) for head in heads] == [len(tail) for tail in tails] == shape
+            for (heads, tails), shape in zip(edges, shapes, strict=True)
+        )
+        fits = fits and all(
+            torch.equal(head.cpu() // before.weight[0].numel(), torch.arange(len(head)))
+            and torch.equal(tail.cpu() // after.taps % after.fan_in, torch.arange(len(tail)))
+            and 0 <= int(tail.min()) <= int(tail.max()) < after.weight.numel()
+            for chain, (heads, tails) in zip(self.chains, edges, strict=True)
+            for before, head, after, tail in zip(chain.layers, heads, chain.layers[1:], tails)  # noqa: B905
+        )
+        if not fits:
+            raise ValueError(
+                f"choose_: expected an edge into and one out of each of {self.H} hidden nodes, "
+                "got the skeleton of another network"
+            )
         pairs = zip(self.chains, edges, strict=True)
         self.chains = [_chain(chain.layers, *chosen) for chain, chosen in pairs]
 
@@ -228,13 +265,16 @@ def _runs(net: nn.Module, paper: bool) -> list[list[Layer]]:
     """Read the chains of layers off a network, or name the layer that is in the way."""
     runs: list[list[Layer]] = [[]]
     seen = set()
+    form = "units"  # of the nodes: "maps", "flattened" maps, or "units" of a linear layer
     for leaf in leaves(net, paper=paper):
         run = runs[-1]
         if leaf is None:
             runs.append([])
             continue
         name, module = leaf
-        if isinstance(module, HOMOGENEOUS):
+        if isinstance(module, HOMOGENEOUS) and (form == "maps" or not (run and _pools(module))):
+            if isinstance(module, nn.Flatten) and module.start_dim == 1 and form == "maps":
+                form = "flattened"
             continue
         weight: Any = getattr(module, "weight", None)
         bias: Any = getattr(module, "bias", None)
@@ -243,24 +283,36 @@ def _runs(net: nn.Module, paper: bool) -> list[list[Layer]]:
                 run[-1] = run[-1]._replace(normed=True)
             elif not paper:
                 runs.append([Layer(name, weight, bias, 1, 1)] if module.affine else [])
+                form = "maps" if isinstance(module, nn.BatchNorm2d) else "units"
             continue
         fan_in = len(run[-1].weight) if run else 0
+        conv = isinstance(module, nn.Conv2d)
         if (
             not isinstance(module, nn.Linear | nn.Conv2d)
             or not isinstance(weight, nn.Parameter)  # a parametrization computes it
             or getattr(module, "groups", 1) != 1
             or id(module) in seen
-            or (run and weight[0].numel() % fan_in)
+            or (run and conv != (form == "maps"))
+            or (
+                run
+                and weight.shape[1] != fan_in
+                and (form != "flattened" or weight.shape[1] % fan_in)
+            )
         ):
             raise ValueError(
                 "Skeleton: expected Linear, Conv2d without groups, BasicBlock, batch norm, pooling "
-                "and activations with σ(cx) = c σ(x), in Sequential and each once, "
-                f"got layer '{name}': {module}"
+                "and activations with σ(cx) = c σ(x), in Sequential and each once, Flatten between "
+                f"maps and units, got layer '{name}': {module}"
             )
         seen.add(id(module))
+        form = "maps" if conv else "units"
         fan_in = fan_in or weight.shape[1]
         run.append(Layer(name, weight, bias, fan_in, weight[0].numel() // fan_in))
     return [run for run in runs if run]
+
+
+def _pools(module: nn.Module) -> bool:
+    return isinstance(module, HOMOGENEOUS[-4:])
 
 
 @torch.no_grad()
@@ -310,9 +362,8 @@ def _straight(nodes: Tensor, among: int) -> Tensor | slice:
 
 
 def gradient_of(p: nn.Parameter) -> Tensor:
-    """The gradient of a parameter that must have one."""
-    if p.grad is None:
-        raise RuntimeError(f"step: expected a gradient for every parameter, got none, {p.shape}")
+    """The gradient of a parameter that `Skeleton.require_gradients` has seen."""
+    assert p.grad is not None
     return p.grad
 
 
