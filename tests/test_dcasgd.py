@@ -496,6 +496,15 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_mean_square():
     assert torch.equal(after.memory["mean_square"], server.memory["mean_square"])
 
 
+def test_a_gradient_whose_square_overflows_never_reaches_the_mean_square():
+    server, _ = parallelism.pull(parallelism.join(parallelism.Server(torch.zeros(1)), 0), 0)
+    huge = parallelism.Push(0, 0, torch.tensor([1e25]), 8)  # finite in float32, unlike its square
+    after, served = parallelism.receive(server, huge, 0.1, dc_asgd_a)
+    assert served == (0,)
+    assert after.counts == {"refused_nonfinite": 1}
+    assert after.memory == {}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -794,7 +803,13 @@ def test_study_of_the_paper_s_table_has_its_settings_and_a_reduced_record():
     assert (script["STRENGTHS"]["dc_c"], script["STRENGTHS"]["dc_a"]) == (0.04, 2.0)
     record = experiment.stored("dcasgd/cifar10_resnet20_reduced")
     assert record.config["reduced"] is True
-    assert len(record.seeds) >= 3
+    assert len(record.seeds) >= 5
+    assert {f"{method}/M{workers}" for method, workers in script["PLAN"]} == {
+        name.removesuffix("/test") for name in record.values if name.endswith("/test")
+    }
+    assert {f"{method}/M4" for method in ("ssgd", "asgd", "dc_c", "dc_a")} <= set(
+        record.config["learning_rates"]
+    )
     for name, rate in record.config["learning_rates"].items():
         scan = {float(lr): error for lr, error in record.config["validation_error"][name].items()}
         assert min(scan) < rate < max(scan), name
