@@ -55,6 +55,13 @@ def test_all_reduce_of_sends_and_receives_is_torchs_all_reduce(ours, world, dtyp
         torch.testing.assert_close(found, right, **close)
 
 
+@pytest.mark.parametrize("ours", [ring_all_reduce, server_all_reduce])
+def test_a_transposed_tensor_is_summed_as_well(ours):
+    total = run_ranks(lambda group: ours(own(group.rank(), (3, 7)).T, group), 2)
+    for found in total:
+        torch.testing.assert_close(found, (own(0, (3, 7)) + own(1, (3, 7))).T)
+
+
 @given(world=st.integers(1, 4), size=st.integers(0, 9))
 @settings(max_examples=15)
 def test_ring_all_reduce_sums_tensors_of_any_length_even_shorter_than_the_ring(world, size):

@@ -177,7 +177,8 @@ def server_all_reduce(x: Tensor, group: Any = None) -> Tensor:
     Curriculum: P5.
     """
     group = dist.group.WORLD if group is None else group
-    total, one = x.detach().clone(), torch.empty_like(x)
+    total = x.detach().clone(memory_format=torch.contiguous_format)  # as packets must be
+    one = torch.empty_like(total)
     if group.rank():
         group.send([total], 0, 0).wait()
         group.recv([total], 0, 0).wait()
@@ -269,7 +270,7 @@ def all_reduce_cost(
         For numbers that are negative, or an unknown method.
 
     Source: R. Thakur, R. Rabenseifner and W. Gropp, Optimization of collective communication
-    operations in MPICH, IJHPCA 19 (2005), sections 3 and 4.5.
+    operations in MPICH, IJHPCA 19 (2005).
     Curriculum: P5.
 
     Examples

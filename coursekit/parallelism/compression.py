@@ -168,7 +168,7 @@ def recover_input(weight: Float[Tensor, "out d"], bias: Float[Tensor, " out"]) -
         If the bias has no gradient other than zero.
 
     Source: L. T. Phong et al., Privacy-preserving deep learning via additively homomorphic
-    encryption, IEEE TIFS 13 (2018), section 3.
+    encryption, IEEE TIFS 13 (2018).
     Curriculum: P6.
 
     Examples
