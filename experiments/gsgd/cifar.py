@@ -8,7 +8,9 @@ Methods. ``sgd``: plain SGD from torch's own start, as the released code has it.
 the same from the start of G-SGD, every skeleton weight 1. ``frozen``: that, and the free set never
 moves. ``gsgd-paper``: G-SGD through batch norm by the paper's heuristic (section 11.2; the released
 code has another). ``gsgd``: G-SGD with γ as the edge into a map, which is exact; the skeleton
-weights of its own chains begin at 1 too.
+weights of its own chains begin at 1 too. Those are others, heads among them, than the ones that
+``sgd-skeleton``, ``frozen`` and ``gsgd-paper`` set: ``gsgd`` starts elsewhere than its controls,
+and a difference between them is not of the update alone.
 
 Full tier: the released settings. Plain-34 or ResNet-34 with batch norm, crops of 32 after padding
 by 4, flips, images standardized, batches of 128, 160 epochs, rate 1 for all methods, a tenth of it
@@ -23,6 +25,8 @@ each method at its own rate. Rule of choice: the rate with the highest accuracy 
 on images 10,000 to 12,000, for one tuning seed that is not reported; the smaller rate in a tie.
 Rates lie half a decade apart; when the best is at an end of the grid, the grid is extended. Test
 images are looked at only afterwards. A run that leaves the finite numbers counts as accuracy 0.
+There is one tuning seed, 100, and there are three reported ones, 0, 1 and 2: few, so a difference
+within the spread over seeds says nothing.
 """
 
 from __future__ import annotations
