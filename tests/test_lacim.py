@@ -440,6 +440,7 @@ def test_the_domain_free_prior_is_the_gaussian_of_all_proposals(dtype):
     spread = torch.cov(means.flatten(0, 1).T) + torch.diag((2 * log_stds).exp().mean(dim=(0, 1)))
     off = torch.linalg.inv(precision) / spread
     assert off.diag().tolist() == pytest.approx([1.0, 1.0], abs=0.3)
+    assert precision[0, 1] == precision[1, 0] == 0  # s and v: what correlates them is confounding
 
 
 @pytest.mark.covers("L7")

@@ -283,7 +283,7 @@ class DIVA(ERM):
         g, sizes = self.generator, (self.width, 2 * latent)
         self.prior_d = nn.Parameter(torch.zeros(2, self.domains, latent))
         self.prior_y = nn.Parameter(torch.zeros(2, self.classes, self.width))
-        self.log_scale_x = nn.Parameter(torch.zeros(()))
+        self.log_scale_x = parts.starting_log_scale(shape)
         self.spread_y = models.mlp([self.width, self.width], generator=g)
         rest = models.mlp([self.width, 4 * latent], generator=g)
         self.rest = nn.Sequential(self.make_features(generator=g), nn.ReLU(), rest)
@@ -329,7 +329,7 @@ class SVAE(ERM):
     def __init__(self, shape, *, weight=1.0, beta=1.0, decoder="generic", hidden=128, **options):
         super().__init__(shape, **options)
         self.weight, self.beta, self.latent, self.s_dim = weight, beta, self.width, self.width
-        self.log_scale_x = nn.Parameter(torch.zeros(()))
+        self.log_scale_x = parts.starting_log_scale(shape)
         g = self.generator
         self.spread = models.mlp([self.width, self.width], generator=g)
         sizes = self.width, self.width

@@ -30,6 +30,9 @@ def latent_gaussian(
 ) -> tuple[Float[Tensor, " latent"], Float[Tensor, "latent latent"]]:
     """Fit a Gaussian to what all heads propose for training examples: a prior without a domain.
 
+    s and v are independent in it: their correlation is what the confounder of the training domains
+    made, and would carry colour from v into every part of s that the image leaves open.
+
     Parameters
     ----------
     model, x
@@ -46,8 +49,9 @@ def latent_gaussian(
     noise = torch.randn(draws, model.latent, generator=generator, device=generator.device).to(x)
     with torch.no_grad():
         t = torch.cat([model.candidates(rows, noise).flatten(0, 1) for rows in x.split(1000)])
-    ridge = 1e-4 * torch.eye(model.latent).to(x)
-    return t.mean(dim=0), torch.linalg.inv(torch.cov(t.T).reshape(ridge.shape) + ridge)
+    is_s = torch.arange(model.latent, device=x.device) < model.s_dim
+    cov = torch.cov(t.T).reshape(model.latent, -1) * (is_s == is_s[:, None])
+    return t.mean(dim=0), torch.linalg.inv(cov + 1e-4 * torch.eye(model.latent).to(x))
 
 
 def infer_latents(

@@ -130,7 +130,8 @@ class LaCIM(nn.Module):
         self.decoder = parts.make_decoder(decoder, s_dim, v_dim, shape, hidden, generator=generator)
         square = torch.zeros(domains, self.latent, self.latent)
         self.lower = nn.Parameter(square) if full_posterior else None
-        self.log_scale_x, self.log_scale_y = (nn.Parameter(torch.zeros(())) for _ in "xy")
+        self.log_scale_x = parts.starting_log_scale(shape)
+        self.log_scale_y = nn.Parameter(torch.zeros(()))
         self.optimizer = torch.optim.Adam(self.parameters(), lr=lr)
 
     def posterior(self, x: Inputs) -> tuple[Tensor, Tensor]:

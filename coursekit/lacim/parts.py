@@ -34,6 +34,11 @@ def gaussian_nll(error: Tensor, log_scale: Tensor, entries: int) -> Tensor:
     return 0.5 * error * (-2 * log_scale).exp() + entries * (log_scale + LOG_2PI / 2)
 
 
+def starting_log_scale(shape: Sequence[int]) -> nn.Parameter:
+    """Return log σ of x as training begins: σ = 0.14 for pixels, most of which are black, or 1."""
+    return nn.Parameter(torch.tensor(-2.0 if len(shape) == 3 else 0.0))
+
+
 class DomainPrior(nn.Module):
     """p^d(s, v), one law a domain, with tables of parameters.
 

@@ -52,6 +52,7 @@ TIERS = {  # side, steps, images a domain in a step, training images for the ref
 }
 SMOKE, LOOKS = (14, 20, 16, 60), 20  # looks at the held-out parts
 AGREEMENT = (0.9, 0.8)
+INFERENCE = {"steps": 100, "draws": 9, "starts": 4}
 PAINT = {"decoder": "paint", "class_weight": 30.0}
 METHODS = {  # class, fixed options, the one knob and its three settings
     "erm": (lacim.ERM, {}, "lr", (3e-4, 1e-3, 3e-3)),
@@ -164,7 +165,7 @@ def by_likelihood(model, kept, test, neutral, seed, count):
 
     def infer(images):
         draw = train.generator(seed, "candidates")
-        return lacim.infer_latents(model, images, prior=gaussian, steps=100, generator=draw)
+        return lacim.infer_latents(model, images, prior=gaussian, **INFERENCE, generator=draw)
 
     draw = train.generator(seed, "head")
     head = lacim.refit_head(model, infer(x).optimised, y, generator=draw)
@@ -250,7 +251,7 @@ def main():
             begin = time.process_time()
             if hasattr(model, "candidates"):
                 draw = train.generator(0, "candidates")
-                lacim.infer_latents(model, test.x[:500], steps=100, generator=draw)
+                lacim.infer_latents(model, test.x[:500], **INFERENCE, generator=draw)
             each = (time.process_time() - begin) / 500
             images = 2 * len(test.x) + sizes[3]
             print(
@@ -284,6 +285,7 @@ def main():
         study="lacim/cmnist",
         config={
             "side": side, "steps": steps, "batch_a_domain": batch, "refit_images": refit,
+            "inference": INFERENCE,
             "agreement": AGREEMENT, "test_agreement": 0.1, "neutral_agreement": 0.5,
             "settings": {name: (METHODS[name][2], settings[name]) for name in args.only},
         },
