@@ -279,6 +279,15 @@ def test_recorded_times_replayed_give_the_same_log():
     assert run(times=replay(more)).rows == log.rows
 
 
+def test_recorded_times_of_several_local_steps_are_as_long_as_they_were():
+    options = {"local_steps": 4, "samples": 480}
+    log = run(times=gamma(10 * MS, 0.5), **options)
+    more = {m: [*times, *times] for m, times in log.durations().items()}
+    again = run(times=replay(more, local_steps=4), **options)
+    assert again.column("worker").tolist() == log.column("worker").tolist()
+    np.testing.assert_allclose(again.column("clock"), log.column("clock"), rtol=1e-6)
+
+
 # ---- exactness ----
 
 
@@ -467,12 +476,46 @@ def test_a_log_of_another_run_is_not_resumed():
         run(60, seed=1, resume=run(10, seed=0))
 
 
+@pytest.mark.parametrize(
+    "other", [{"workers": 3}, {"server_time": MS}, {"separate_pull": True}, {"evaluate_every": 7}]
+)
+def test_a_log_of_a_run_with_other_numbers_is_not_resumed(other):
+    with pytest.raises(ValueError, match=f"simulate: expected to resume .*'{next(iter(other))}'"):
+        run(60, resume=run(10), **other)
+
+
+def test_a_resumed_run_goes_on_evaluating_as_often_as_it_did():
+    options = {"evaluate": lambda weights: {"norm": weights.norm().item()}}
+    log = run(40, resume=run(20, **options), **options)
+    assert [e["samples"] for e in log.evaluations] == list(range(0, 81, 4))
+
+
+def test_a_log_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    log = run(5)
+    log.save(tmp_path / "log.pt")
+
+    def half(plain, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("full")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="full"):
+        run(9).save(tmp_path / "log.pt")
+    assert same(Log.load(tmp_path / "log.pt"), log)
+
+
+def test_a_newcomer_leaves_everybody_the_batches_they_had():
+    late = [Fault("join", 7, 10**15)]
+    assert torch.equal(run(20).server.weights, run(20, faults=late).server.weights)
+
+
 @every_rule
 def test_a_trace_replayed_gives_the_same_weights_and_rows(rule):  # spec 5.21
     options = {
         "rule": rule,
-        "faults": [Fault("death", 1, 60 * MS), Fault("nan", 0, 45 * MS), Fault("join", 1, 90 * MS)],
-    }
+        "faults": [Fault("death", 1, 60 * MS), Fault("nan", 0, 45 * MS), Fault("join", 1, 90 * MS),
+                   Fault("join", 7, 70 * MS)],
+    }  # fmt: skip
     log = run(times=gamma(10 * MS, 0.6), network=gamma(MS, 0.6), **options)
     again = run(rule=rule, order=log.trace)
     assert torch.equal(again.server.weights, log.server.weights)

@@ -1,5 +1,6 @@
 """What a run leaves behind: one row an update, all events, evaluations, and its last state."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -18,8 +19,9 @@ class Event(NamedTuple):
     ``kind`` is ``"pull"`` (weights arrive, computing begins), ``"compute"`` (the gradient is done),
     ``"push"`` (it arrives at the server), ``"server"`` (the server is done with it), ``"ask"`` (a
     request for weights arrives), or a fault: ``"death"``, ``"join"``, ``"pause"``, ``"nan"`` (the
-    next gradient is spoiled). ``number`` counts the worker's gradients; of a pause it is the length
-    in ns. Events at one time happen in the order of ``sequence``.
+    next gradient is spoiled), ``"restart"`` (of a real server, from its checkpoint). ``number``
+    counts the worker's gradients; of a pause it is the length in ns. Events at one time happen in
+    the order of ``sequence``.
     """
 
     clock: int
@@ -29,7 +31,8 @@ class Event(NamedTuple):
     number: int = 0
 
 
-ORDER = ("server", "ask", "death", "join", "nan")  # events that make the weights what they are
+# Events that make the weights what they are.
+ORDER = ("server", "ask", "death", "join", "nan", "restart")
 
 
 @dataclass(eq=False)
@@ -83,7 +86,10 @@ class Log:
         return float(self.column("staleness")[after:].mean())
 
     def durations(self) -> dict[int, list[int]]:
-        """Return each worker's computing times in ns, which `replay` takes."""
+        """Return each worker's computing times in ns, from pull to gradient, which `replay` takes.
+
+        Work that was given up has none, so that what follows it moves up.
+        """
         begun: dict[int, Event] = {}
         times: dict[int, list[int]] = {}
         for event in self.events:
@@ -110,8 +116,10 @@ class Log:
         })  # fmt: skip
 
     def save(self, path: str | PathLike) -> None:
-        """Write everything to a file, without pickled code."""
-        torch.save(self.to_dict(), path)
+        """Write everything to a file, without pickled code, or leave the old file as it is."""
+        part = f"{os.fspath(path)}.part"
+        torch.save(self.to_dict(), part)
+        os.replace(part, path)
 
     @classmethod
     def load(cls, path: str | PathLike) -> "Log":

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from coursekit import _check, train
 from coursekit.parallelism.log import Event, Log
-from coursekit.parallelism.server import Push, Rule, Server, join, leave, pull, receive
+from coursekit.parallelism.server import Push, Rule, Server, join, leave, pull, receive, restart
 from coursekit.parallelism.times import Times, constant, stream
 from coursekit.parallelism.work import Objective, Shards, gradient, gradients, objective
 
@@ -153,6 +153,9 @@ class _Run:
         self.pending.pop(m, None)
         self.after_rule(server.version, served)
 
+    def on_restart(self, m: int, worker: _Worker, event: Event) -> None:
+        self.log.server = restart(self.log.server)
+
     def on_join(self, m: int, worker: _Worker, event: Event) -> None:
         self.log.server = join(self.log.server, m)
         self.serve(m)
@@ -265,7 +268,8 @@ def simulate(
         The run ends when gradients of this many examples have been applied.
     seed, time_seed
         Of the data order and augmentation; of computing and network times (the former unless
-        given). Worker m's k-th batch and k-th time depend on (seed, m, k) alone.
+        given). Worker m's k-th time depends on (seed, m, k) alone, and so does its k-th batch,
+        given the number of workers.
     times, network
         Time of a local step, 10 ms unless given; of a message in one direction, none unless given.
     server_time
@@ -283,13 +287,15 @@ def simulate(
         place of times and faults.
     evaluate, evaluate_every
         Maps weights to a dictionary of numbers, at every multiple of this many samples (a tenth of
-        the budget unless given); it takes no virtual time.
+        the budget unless given, or what it was in the run that is resumed); it takes no virtual
+        time.
     batched
         Compute pending gradients together, or one by one.
     device
         Where everything is computed.
     resume
-        The log of a run with the same arguments but a smaller budget: go on where it ended.
+        The log of a run with the same arguments but a smaller budget: go on where it ended. Seeds
+        and numbers are checked; rule, rate, data, times and faults must be the same unchecked.
 
     Returns
     -------
@@ -298,8 +304,8 @@ def simulate(
     Raises
     ------
     ValueError
-        For an order in which a worker pushes what it does not have, a log of another run to
-        resume, and a model with running statistics or dropout in training mode.
+        For an order in which a worker pushes what it does not have, a log to resume whose seeds or
+        numbers are others, and a model with running statistics or dropout in training mode.
     RuntimeError
         If nobody is left to go on.
 
@@ -322,13 +328,12 @@ def simulate(
         raise ValueError("simulate: expected order or faults, got both; a trace has its faults")
     start, of_weights = objective(model, loss, device)
     time_seed = seed if time_seed is None else time_seed
-    everyone = max([workers - 1, *(fault.worker for fault in faults)]) + 1
     run = _Run(
         rule=rule,
         lr=lr if callable(lr) else lambda samples: lr,
         objective=of_weights,
         data=(x.to(device), y.to(device)),
-        shards=Shards(len(x), everyone, batch_size, seed),
+        shards=Shards(len(x), workers, batch_size, seed),
         compute_time=stream(times or constant(10_000_000), time_seed, "compute"),
         network_time=stream(network or constant(0), time_seed, "network"),
         server_time=server_time,
@@ -341,11 +346,23 @@ def simulate(
         log=Log(Server(start)) if resume is None else Log.from_dict(resume.to_dict()),
     )
     log = run.log
-    fixed = dict(seed=seed, time_seed=time_seed, batch_size=batch_size, local_steps=local_steps)
+    first = {} if resume is None else resume.state.get("fixed", {})
+    every = evaluate_every or first.get("evaluate_every") or max(1, samples // 10)
+    fixed = dict(
+        seed=seed,
+        time_seed=time_seed,
+        workers=workers,
+        batch_size=batch_size,
+        local_steps=local_steps,
+        server_time=server_time,
+        separate_pull=separate_pull,
+        evaluate_every=every,
+    )
     if resume is not None:
-        if resume.state.get("fixed") != fixed:
-            was = resume.state.get("fixed")
-            raise ValueError(f"simulate: expected to resume a run with {fixed}, got one with {was}")
+        if first != fixed:
+            raise ValueError(
+                f"simulate: expected to resume a run with {fixed}, got one with {first}"
+            )
         run.restore(resume.state)
     else:
         for i, entry in enumerate(order or ()):
@@ -355,7 +372,6 @@ def simulate(
         for m in range(workers):
             run.workers[m] = _Worker()
             run.on_join(m, run.workers[m], Event(0, 0, "join", m))
-    every = evaluate_every or max(1, samples // 10)
     while True:
         while evaluate is not None and log.server.samples >= len(log.evaluations) * every:
             about = {"samples": log.server.samples, "clock": run.clock}

@@ -83,13 +83,13 @@ def pauses(base: Times, *, probability: float, length: float) -> Times:
     return model
 
 
-def replay(recorded: Mapping[int, Sequence[float]]) -> Times:
+def replay(recorded: Mapping[int, Sequence[float]], local_steps: int = 1) -> Times:
     """Return the times that were recorded, worker by worker; a record that ends begins anew.
 
-    `Log.durations` has them, of a real run too.
+    `Log.durations` has them, of a real run too; each is that of ``local_steps`` steps.
     """
-    arrays = {worker: np.asarray(times, dtype=float) for worker, times in recorded.items()}
-    return lambda rng, worker, steps: arrays[worker][steps % len(arrays[worker])]
+    arrays = {m: np.asarray(times, dtype=float) / local_steps for m, times in recorded.items()}
+    return lambda rng, worker, steps: arrays[worker][steps // local_steps % len(arrays[worker])]
 
 
 def stream(model: Times, seed: int, name: str) -> Callable[[int, int], int]:

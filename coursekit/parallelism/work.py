@@ -1,6 +1,7 @@
 """What workers do: which examples they draw, and the gradient they send.
 
-The simulator and the real workers share it: worker m's k-th batch depends on (seed, m, k) alone.
+The simulator and the real workers share it: given how many workers a run began with, worker m's
+k-th batch depends on (seed, m, k) alone.
 """
 
 import copy
@@ -24,7 +25,8 @@ class Shards:
     Parameters
     ----------
     examples, shards
-        Rows of the data, and workers among whom an epoch is dealt out.
+        Rows of the data, and workers among whom an epoch is dealt out. A newcomer, whose number is
+        not below that of the shards, draws what an old worker of the same remainder draws.
     batch_size
         Rows of a batch; what is left of an epoch after whole batches is left out.
     seed
