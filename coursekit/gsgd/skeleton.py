@@ -363,8 +363,8 @@ def _straight(nodes: Tensor, among: int) -> Tensor | slice:
 
 def gradient_of(p: nn.Parameter) -> Tensor:
     """The gradient of a parameter that `Skeleton.require_gradients` has seen."""
-    assert p.grad is not None
-    return p.grad
+    gradient: Any = p.grad
+    return gradient
 
 
 @torch.no_grad()
