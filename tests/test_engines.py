@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,14 @@ from torch.nn.functional import cross_entropy
 
 from coursekit import data, models, train
 from coursekit.experiment import Record
-from coursekit.parallelism import asgd, launch, simulate, ssgd
+from coursekit.parallelism import (
+    asgd,
+    backup_workers,
+    group_asynchronous,
+    launch,
+    simulate,
+    ssgd,
+)
 from coursekit.parallelism.engines import links, processes, serve
 
 pytestmark = pytest.mark.timeout(280)
@@ -283,6 +291,55 @@ def test_what_may_not_be_applied_is_refused_and_the_server_lives(tmp_path):
     assert log.server.counts == counts
 
 
+def test_a_script_skips_the_turns_of_the_dead_and_forgets_what_they_sent_early(tmp_path):
+    settings = dict.fromkeys(serve.Job.__dataclass_fields__) | {
+        "model": torch.zeros(1), "loss": cross_entropy, "rule": asgd, "workers": 2, "lr": 1.0,
+        "samples": 3, "order": [0, 0, 1, 1, 0], "checkpoint": tmp_path / "log.pt",
+        "patience": 0.5, "deadline": 20.0,
+    }  # fmt: skip
+    hub = links.Hub()
+    service = serve.Service(hub, serve.Job(**settings))
+    boxes = [hub.open(worker, links.Header(worker=worker)) for worker in (0, 1)]
+
+    def put(kind, worker, version=0):
+        header = links.Header(worker=worker, version=version, samples=1)
+        hub.put(boxes[worker], links.Message(kind, worker, header, torch.ones(1)))
+
+    put("push", 1)  # early: the first two turns are those of 0
+    put("push", 0)
+    put("gone", 1)
+    for version in (1, 2, 3):
+        put("push", 0, version)
+    log = service.run()
+    assert log.column("worker").tolist() == [0, 0, 0]
+    assert log.server.counts == {"accepted": 3, "lost": 1, "late": 1}
+
+
+def test_a_worker_that_dies_while_it_joins_ends_no_thread_with_an_error(monkeypatch):
+    errors = []
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    monkeypatch.setattr(links, "CONNECT", 1.0)
+    store = processes._host("127.0.0.1", 0)
+    hub = links.GlooHub(("127.0.0.1", store.port), 0, torch.zeros(3), 60.0, 60.0)
+    try:
+        store.set("ticket/0/1", "0 0 3 torch.float32")  # and nobody comes to make the pair
+        store.add("tickets/0", 1)
+        assert store.get("answer/0/1") == b"welcome"
+        hub._threads[1].join(30)
+        assert not hub._threads[1].is_alive()
+        assert errors == []
+        assert hub.boxes == {}
+    finally:
+        hub.close()
+
+
+def test_the_network_card_is_the_one_that_the_environment_names(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-card")
+    with pytest.raises(RuntimeError, match="no-such-card"):
+        links.device("192.0.2.1")
+    links.device("127.0.0.1")  # the machine itself is reached by its loopback
+
+
 def test_a_header_keeps_large_integers_and_any_loss():
     header = links.Header(1, 2, 2**53 - 1, 4, 5, 10**15, float("inf"), 0.1, 1)
     assert links.Header.of(header.tensor()) == header
@@ -333,6 +390,19 @@ def test_no_process_is_left_behind(how):
     assert not any(is_running(pid) for pid in pids)
 
 
+def test_an_interrupt_while_a_process_starts_stays_an_interrupt(monkeypatch):
+    begun = []
+
+    def start(process):
+        begun.append(process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", start)
+    with pytest.raises(KeyboardInterrupt):
+        launch(net(), cross_entropy, X, Y, samples=100, **SETTINGS)
+    assert len(begun) == 1
+
+
 def endless_loss(output, target):
     time.sleep(0.2)
     return cross_entropy(output, target)
@@ -352,8 +422,8 @@ def test_the_stored_benchmark_keeps_its_promises():
     for size in ("4 KB", "1 MB", "10 MB"):
         echo, server = (median(record.values[f"{who} {size}"]) for who in ("echo", "server"))
         assert server >= 0.8 * echo, size
-    found = record.config["staleness"]
-    assert found["measured"]["mean"] == pytest.approx(found["simulated"]["mean"], abs=0.05)
+    found = record.config["staleness"]  # its mean is forced; its spread is predicted
+    assert found["measured"]["sd"] == pytest.approx(found["simulated"]["sd"], rel=0.25)
 
 
 # ---- threads, Ray, torchrun ----
@@ -369,6 +439,43 @@ def test_threads_under_a_script_equal_the_simulator(rule):
     assert log.column("worker").tolist() == again.column("worker").tolist()
     assert log.column("staleness").tolist() == again.column("staleness").tolist()
     torch.testing.assert_close(log.server.weights, again.server.weights, rtol=0, atol=1e-12)
+
+
+def test_backup_workers_that_are_real_finish_and_what_is_late_is_dropped():
+    """They cannot be cancelled: a second answer would be taken for that to the next gradient."""
+    rule = partial(backup_workers, spare=1)
+    settings = SETTINGS | {"samples": 32 * 60}
+    log = launch(net(), cross_entropy, X, Y, engine="threads", **(settings | {"rule": rule}))
+    assert log.server.version == 60
+    assert not set(log.server.counts) & set(REFUSALS)
+    assert "death" not in {event.kind for event in log.events}
+    finish = partial(rule, cancel=False)
+    assert distance_to_replay(log, rule=finish, samples=32 * 60) < 1e-12
+
+
+def test_gradients_held_when_the_server_dies_are_lost_and_the_replay_knows(tmp_path):
+    """[19, 28]: of a group that was not complete."""
+    settings = SETTINGS | {"rule": partial(group_asynchronous, groups=2), "samples": 16 * 40}
+    job = serve.Job(**dict.fromkeys(serve.Job.__dataclass_fields__) | settings | {
+        "model": net(), "loss": cross_entropy, "x": X, "y": Y, "local_steps": 1, "seed": 0,
+        "device": "cpu", "checkpoint": tmp_path / "log.pt", "checkpoint_every": 1,
+        "patience": 20.0, "deadline": 20.0,
+    })  # fmt: skip
+    hub, compute = links.Hub(), serve.computer(job)
+    service = serve.Service(hub, job)
+    boxes = [hub.open(worker, links.Header(worker=worker)) for worker in range(3)]
+    for worker in (0, 1):  # 0 waits for 2; 1 is a group of its own, and its update is saved
+        header, slope = compute(worker, links.Header(), job.start())
+        hub.put(boxes[worker], links.Message("push", worker, header, slope))
+    hub.fail(InterruptedError("the server dies"))
+    with pytest.raises(RuntimeError, match="the server dies"):
+        service.run()
+    log = launch(
+        net(), cross_entropy, X, Y, engine="threads", checkpoint=job.checkpoint, **settings
+    )
+    assert [event.kind for event in log.trace].count("restart") == 1
+    assert log.server.counts["lost"] == 1
+    assert distance_to_replay(log, **settings) < 1e-12
 
 
 def test_local_steps_and_evaluations_are_those_of_the_simulator():
@@ -398,6 +505,44 @@ def test_ray_actors_may_die_and_the_run_can_be_replayed(tmp_path, monkeypatch):
     assert distance_to_replay(log, samples=16 * 60) < 1e-12
 
 
+def ray_in_which(**methods):
+    """Stand in for Ray on this machine; give it, and whether it was started and stopped."""
+    seen = []
+    step = SimpleNamespace(remote=lambda *_: object())
+    actor = SimpleNamespace(remote=lambda *_: SimpleNamespace(step=step))
+    names = {"RayActorError": type("Died", (Exception,), {}),
+             "RayTaskError": type("Failed", (Exception,), {})}  # fmt: skip
+    plain = {
+        "is_initialized": lambda: False, "init": lambda **_: seen.append("init"),
+        "shutdown": lambda: seen.append("shutdown"), "put": lambda job: job,
+        "remote": lambda kind: actor, "kill": lambda actor: None,
+        "wait": lambda pending, timeout: (pending[:1], []), "exceptions": SimpleNamespace(**names),
+    }  # fmt: skip
+    return SimpleNamespace(**(plain | methods)), seen
+
+
+def test_a_job_that_ray_cannot_take_leaves_no_cluster(monkeypatch):
+    def put(job):
+        raise TypeError("cannot pickle")
+
+    ray, seen = ray_in_which(put=put)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(TypeError, match="cannot pickle"):
+        launch(net(), cross_entropy, X, Y, engine="ray", samples=100, **SETTINGS)
+    assert seen == ["init", "shutdown"]
+
+
+def test_the_error_of_a_ray_worker_is_the_error_of_launch(monkeypatch):
+    def get(result):
+        raise ray.exceptions.RayTaskError("broken on purpose")
+
+    ray, seen = ray_in_which(get=get)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(RuntimeError, match="launch: a worker failed: broken on purpose"):
+        launch(net(), cross_entropy, X, Y, engine="ray", samples=100, **SETTINGS)
+    assert seen == ["init", "shutdown"]
+
+
 def test_torchrun_starts_a_server_and_workers(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
     command += ["-m", "coursekit.parallelism.engines", "--samples", "3200"]
@@ -421,6 +566,8 @@ def test_a_rank_refuses_another_number_of_workers(monkeypatch):
         ({"samples": 0}, r"launch: expected samples of at least 1, got 0"),
         ({"patience": 0.0}, r"launch: expected patience positive and finite, got 0.0"),
         ({"deadline": float("inf")}, r"launch: expected deadline positive and finite, got inf"),
+        ({"order": [0], "restarts": 1}, r"launch: expected order or a run that can be restarted"),
+        ({"order": [0], "checkpoint": "x"}, r"launch: expected order or a run that can be resta"),
     ],
 )
 def test_launch_refuses(options, message):

@@ -14,6 +14,7 @@ On machines with GPUs the workers compute there, and packets go through the memo
 """
 
 import math
+import os
 import queue
 import threading
 import time
@@ -105,6 +106,15 @@ def connect(address: tuple[str, int], seconds: float) -> dist.TCPStore:
     return dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=seconds))
 
 
+def device(host: str) -> Any:
+    """Return the network card from which the host of the store is reached."""
+    gloo: Any = dist.ProcessGroupGloo
+    if host in ("127.0.0.1", "localhost"):
+        return gloo.create_device(hostname="127.0.0.1")
+    card = os.environ.get("GLOO_SOCKET_IFNAME")
+    return gloo.create_device(interface=card) if card else gloo.create_default_device()
+
+
 class Pair:
     """Two processes and nobody else."""
 
@@ -112,10 +122,7 @@ class Pair:
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()  # the default takes the address of the host's name
         options._timeout = timedelta(seconds=CONNECT)
-        local = store.host in ("127.0.0.1", "localhost")
-        options._devices = [
-            gloo.create_device(hostname="127.0.0.1") if local else gloo.create_default_device()
-        ]
+        options._devices = [device(store.host)]
         self.group = gloo(dist.PrefixStore(name, store), rank, 2, options)
         self.like, self.peer, self.deadline = like, 1 - rank, timedelta(seconds=seconds)
 
@@ -186,7 +193,11 @@ class GlooHub(Hub):
             store.set(f"answer/{ticket}", refusal)
 
     def _attend(self, worker: int, sent: int, ticket: str) -> None:
-        pair = Pair(connect(self.address, CONNECT), f"pair/{ticket}", 0, self.like, self.deadline)
+        store, name = connect(self.address, CONNECT), f"pair/{ticket}"
+        try:
+            pair = Pair(store, name, 0, self.like, self.deadline)
+        except RuntimeError:  # it died while it joined
+            return
         box = self.open(worker, Header(worker=worker, step=sent))
         try:
             while True:

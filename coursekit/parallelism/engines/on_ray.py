@@ -38,13 +38,17 @@ class RayHub(Hub):
                 _system_config={"agent_register_timeout_ms": 100_000},  # of a busy machine
                 _node_ip_address="127.0.0.1",
             )
-        self.job, self.kind = ray.put(job), ray.remote(_Actor)
         self.actors: dict[str | int, Any] = {}
         self.pending: dict[Any, int] = {}  # results to come, oldest first
         self.joined: list[int] = []
         self.death: Exception | None = None  # the last one
-        for worker in range(job.workers):
-            self._start(worker)
+        try:
+            self.job, self.kind = ray.put(job), ray.remote(_Actor)
+            for worker in range(job.workers):
+                self._start(worker)
+        except BaseException:
+            self.close()
+            raise
 
     def _start(self, worker: int) -> None:
         self.actors[worker] = self.kind.remote(self.job, worker)
@@ -68,6 +72,8 @@ class RayHub(Hub):
                 self.restarts -= 1
                 self._start(worker)
             return Message("gone", worker, Header(worker=worker))
+        except self.ray.exceptions.RayTaskError as error:
+            raise RuntimeError(f"launch: a worker failed: {error}") from error
 
     def reply(self, worker: int, header: Header, weights: Tensor) -> None:
         if not header.stop:

@@ -106,8 +106,9 @@ def supervise(job: Job, restarts: int, watch: Callable[[Status], object] | None)
 
     def start(name: str | int) -> None:
         role = (run_server, job, address) if name == "server" else (run_worker, job, address, name)
-        processes[name] = context.Process(target=_child, args=role, daemon=True)
-        processes[name].start()
+        process = context.Process(target=_child, args=role, daemon=True)
+        process.start()
+        processes[name] = process
 
     until = time.monotonic() + job.deadline
     try:

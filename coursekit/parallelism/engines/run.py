@@ -56,7 +56,8 @@ def launch(
         As for `simulate`. Other processes get them pickled: functions come from a module, not from
         a cell of a notebook, and options are bound by `functools.partial`.
     order
-        Workers in the order in which their gradients are to be used; who is early waits.
+        Workers in the order in which their gradients are to be used; who is early waits, and the
+        turns of the dead are skipped. Not together with a checkpoint or restarts.
     evaluate, evaluate_every
         As for `simulate`; it is called by the server, while the clock stands still.
     device
@@ -117,6 +118,8 @@ def launch(
         _check.integer("launch", name, value, at_least=1)
     for name, seconds in (("patience", patience), ("deadline", deadline)):
         _check.positive("launch", name, seconds)
+    if order is not None and (restarts or checkpoint):
+        raise ValueError("launch: expected order or a run that can be restarted, got both")
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
             model=model,

@@ -109,6 +109,8 @@ class Service:
             self.log = Log(server)
         self.log.server = replace(server, epoch=max(server.epoch, hub.epoch))
         self.begin = time.monotonic_ns() - (self.log.events[-1].clock if self.log.events else 0)
+        if self.resumed:
+            self.note("restart", 0)
 
     def clock(self) -> int:
         return time.monotonic_ns() - self.begin
@@ -141,11 +143,16 @@ class Service:
         return self.log
 
     def next_message(self) -> Message | None:
-        """Receive what comes; gradients in the order of the script, as far as there is one."""
+        """Receive what comes; gradients of the living in the order of a script."""
+        members = self.log.server.workers
+        while self.script and self.script[0] not in members:
+            self.script.pop(0)
         if self.script and self.script[0] in self.early:
             return self.early.pop(self.script.pop(0))
         message = self.hub.receive(BEAT)
-        if not self.script or message is None or message.kind != "push":
+        if message is None or message.kind != "push" or message.worker not in members:
+            return message
+        if not self.script:
             return message
         if message.worker == self.script[0]:
             self.script.pop(0)
@@ -190,11 +197,11 @@ class Service:
         self.note("compute", worker, self.pulled[worker] + header.nanoseconds)
         self.note("push", worker, message.clock - self.begin)
         self.note("server", worker)
-        self.advance(server, served)
+        self.advance(server, served, worker)
 
     def on_join(self, message: Message) -> None:
-        self.hear(message)
         self.leave(message.worker)
+        self.hear(message)
         self.enter(message.worker)
 
     def on_gone(self, message: Message) -> None:
@@ -217,9 +224,12 @@ class Service:
             self.heard[worker] = sent
 
     def leave(self, worker: int) -> None:
+        if worker in self.early:
+            self.hear(self.early.pop(worker))
+            self.log.server = rules.count(self.log.server, "lost")
         if worker in self.log.server.workers:
             self.note("death", worker)
-            self.advance(*rules.leave(self.log.server, worker, self.lr(), self.job.rule))
+            self.advance(*rules.leave(self.log.server, worker, self.lr(), self.job.rule), worker)
 
     def enter(self, worker: int) -> None:
         if worker not in self.log.server.workers:
@@ -227,12 +237,13 @@ class Service:
             self.log.server = rules.join(self.log.server, worker)
         self.send(worker)
 
-    def advance(self, server: rules.Server, served: Sequence[int]) -> None:
-        """Log an update, if there was one, and serve."""
+    def advance(self, server: rules.Server, served: Sequence[int], sender: int) -> None:
+        """Log an update, if there was one, and serve who waits: who computes cannot be stopped."""
         updated = server.version > self.log.server.version
         self.log.server = server
         for worker in served:
-            self.send(worker)
+            if worker == sender or worker not in server.awaited:
+                self.send(worker)
         if updated:
             self.log.record(self.clock())
             self.hub.progress = server.version
