@@ -125,8 +125,8 @@ def compensate(
         Learning rate of the step to come, which together with c makes the gain lr · c: the share of
         the way back to w_bak that the correction goes. Needed to cap a diagonal; 0 bounds nothing.
     cap
-        Largest gain of a weight; ``None`` for none. Above 1 the correction overshoots w_bak, above
-        2 it ends farther off than it began. A function's products are not capped.
+        Largest gain; ``None`` for none. Above 1 the correction overshoots w_bak, above 2 it ends
+        farther off than it began. A function's products are not capped.
 
     Returns
     -------
@@ -136,10 +136,8 @@ def compensate(
 
     Raises
     ------
-    ValueError
-        For a ``cap`` that is not positive.
-    TypeError
-        For a diagonal to be capped without ``lr``.
+    ValueError, TypeError
+        For a ``cap`` that is not positive, or a diagonal to be capped without ``lr``.
 
     Source: arXiv:1609.08326, the server's algorithm; the cap is ours. Curriculum: C1, C2.
 
@@ -247,8 +245,8 @@ def dc_asgd_a(
         m; ``None`` keeps λ = λ_0 constant.
     curvature
         As in `diagonal_curvature`, or a function of the push and of w − w_bak that returns the
-        product with the Hessian; strength and cap do not touch that. ``"permuted"`` deals by the
-        number of the update alone: runs of different seeds share their permutations.
+        product with the Hessian; strength and cap do not touch that. ``"permuted"`` knows only
+        the number of the update: runs of all seeds share their permutations.
     backup
         When w_bak is taken. ``"pull"``: the weights that the worker was sent, at which it computed
         g. ``"push"``: the weights after the worker's own last update, as in the authors' released
@@ -342,15 +340,12 @@ def dc_asgd_c(
     Raises
     ------
     TypeError
-        For an option that only an adaptive λ has.
-    ValueError
-        For an option outside its range.
+        For one of these three.
 
     Source: arXiv:1609.08326, the server's algorithm. Curriculum: C3.
     """
-    for name in ("decay", "epsilon", "mean_square"):
-        if name in options:
-            raise TypeError(f"dc_asgd_c: expected no {name}, which only an adaptive λ has")
+    for name in {"decay", "epsilon", "mean_square"} & options.keys():
+        raise TypeError(f"dc_asgd_c: expected no {name}, which only an adaptive λ has")
     return dc_asgd_a(server, push, lr, strength=strength, decay=None, **options)
 
 
@@ -371,9 +366,8 @@ class DCASGD(torch.optim.Optimizer):
         τ; 0 is SGD to the last bit.
     options
         Those of `dc_asgd_a`, each parameter being one tensor: ``decay=None`` is DC-ASGD-c, and
-        ``strength=0.0`` is SGD with old gradients. There is one worker here, so
-        ``mean_square="worker"`` is ``"global"``, and ``backup="push"``, the weights after the
-        last update, would correct nothing: it is refused.
+        ``strength=0.0`` is SGD with old gradients. With one worker ``mean_square="worker"`` is
+        ``"global"``, and ``backup="push"`` is refused: it would correct nothing.
 
     Raises
     ------
@@ -398,13 +392,11 @@ class DCASGD(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr: float = 1e-2, *, delay: int = 1, **options):
-        self._refuse(lr, delay, **options)
         super().__init__(params, {"lr": lr, "delay": delay, **options})
 
     def add_param_group(self, param_group):
-        """Add tensors, with options of their own if they have any."""
-        own = {k: v for k, v in param_group.items() if k != "params"}
-        self._refuse(**(self.defaults | own))
+        """Add tensors, with options of their own if they have any; construction comes by here."""
+        self._refuse(**self.defaults | {k: v for k, v in param_group.items() if k != "params"})
         super().add_param_group(param_group)
 
     @staticmethod
