@@ -167,7 +167,7 @@ def select(
     ValueError
         For an unknown rule, no setting, the wrong data, or lists of another length.
 
-    Source: D. Gulrajani and D. Lopez-Paz, arXiv:2007.01434, section 3. Curriculum: L6.
+    Source: I. Gulrajani and D. Lopez-Paz, arXiv:2007.01434, section 3. Curriculum: L6.
     """
     _check.one_of("select", "rule", rule, RULES)
     given = {"held_out": held_out, "left_out": left_out, "test": test}
