@@ -1,6 +1,6 @@
 """G-SGD against its controls on a net 49-h-h-10, over the share H/m of what rescaling can change.
 
-    python experiments/gsgd/invariant_ratio.py                     # all widths, 15 minutes
+    python experiments/gsgd/invariant_ratio.py                     # all widths, half an hour
     python experiments/gsgd/invariant_ratio.py --widths 8 1024     # some of them
     python experiments/gsgd/invariant_ratio.py --smoke             # seconds, writes nothing
 
