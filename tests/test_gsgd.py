@@ -907,3 +907,32 @@ def test_the_reduced_cifar_records_have_every_control_at_its_own_rate():
         assert best == pytest.approx(record.config["lr"], rel=0.01)
         assert min(sweep) < best < max(sweep)
         assert (record.config["schedule"], record.config["net"]) == ("same", "plain8")
+
+
+# ---- beyond feed-forward nets ----
+
+
+@pytest.mark.covers("G6")
+def test_a_recurrent_node_and_an_attention_head_may_be_rescaled_too():
+    g = torch.Generator().manual_seed(0)
+    x, c = torch.randn(5, 2, 3, generator=g).double(), 7.0
+    rnn, out = nn.RNN(3, 4, nonlinearity="relu").double(), nn.Linear(4, 2).double()
+    head = nn.MultiheadAttention(3, 1, bias=False).double()
+    with torch.no_grad():
+        for p in (*rnn.parameters(), *out.parameters(), *head.parameters()):
+            p.copy_(torch.randn(p.shape, generator=g))
+        before = out(rnn(x)[0])
+        for p in (rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0):
+            p[1] *= c  # all that comes into hidden node 1, its own past included
+        assert not close(out(rnn(x)[0]), before)
+        rnn.weight_hh_l0[:, 1] /= c
+        out.weight[:, 1] /= c
+        assert close(out(rnn(x)[0]), before)
+        before = head(x, x, x)[0]
+        query, key, value = head.in_proj_weight.split(3)
+        query *= c
+        assert not close(head(x, x, x)[0], before)
+        key /= c  # scores are products of the two
+        value *= c
+        head.out_proj.weight /= c
+        assert close(head(x, x, x)[0], before)
