@@ -350,6 +350,8 @@ def test_a_header_keeps_large_integers_and_any_loss():
 
 def forever():
     """Train until somebody interrupts; tell the numbers of all processes once all are at work."""
+    # A process that was started in the background of a shell ignores interrupts, and so would this.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def tell(status):
         print(*(process.pid for process in status.processes.values()), flush=True)
