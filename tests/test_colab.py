@@ -29,11 +29,16 @@ assert importlib.util.find_spec("coursekit") is None
 before = versions()
 nb = nbformat.read(sys.argv[1], as_version=4)
 nb.cells = nb.cells[: int(sys.argv[2]) or None]
-try:
-    nbclient.NotebookClient(nb, timeout=300, kernel_name="python3").execute()
-    error = ""
-except nbclient.exceptions.CellExecutionError as e:
-    error = e.ename
+for attempt in range(3):  # a kernel's answer is lost now and then when several start at once
+    try:
+        nbclient.NotebookClient(nb, timeout=150, kernel_name="python3").execute()
+        error = ""
+    except nbclient.exceptions.CellTimeoutError:
+        error = "CellTimeoutError"
+        continue
+    except nbclient.exceptions.CellExecutionError as e:
+        error = e.ename
+    break
 print(json.dumps({"before": before, "after": versions(), "error": error}))
 """
 
