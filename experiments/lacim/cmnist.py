@@ -25,7 +25,7 @@ found that way for training images. Beside it ERM with random colours in trainin
 causes, ERM on grey images.
 
 Latents are searched for on the first 4,000 images of a test set, when it has more; the accuracy of
-every method on these is *test_searched*. They are harder than the rest, so compare on the same ones.
+every method on these is *test_searched*. They are harder than the others: compare on the same.
 
 With ``--of-subset`` each method has the one setting that was chosen most often in the record of the
 subset, and the step is chosen as before; full-size runs take hours otherwise.
