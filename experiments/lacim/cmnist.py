@@ -299,6 +299,8 @@ def main():
     command = f"python experiments/lacim/cmnist.py --tier {args.tier}"
     command += f" --steps {steps}" * (args.steps is not None) + " --of-subset" * args.of_subset
     command += " --final" * args.final
+    if not args.final and list(args.only) != list(METHODS):
+        command += f" --only {' '.join(args.only)}"
     record = Record(
         study="lacim/cmnist",
         config={
