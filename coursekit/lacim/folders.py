@@ -1,4 +1,4 @@
-"""NICO and ADNI from a folder that the reader obtains: neither may be handed on with a book."""
+"""NICO and ADNI from a folder that the reader obtains: neither can be handed on with a book."""
 
 import csv
 from pathlib import Path

@@ -40,7 +40,7 @@ def elbo(
     Returns
     -------
     Tensor
-        L, in nats, to be maximised; biased downwards for finite M.
+        L, in nats, to be maximised; its mean is at most log p^d(x, y), for every M.
 
     Convention: with M = 1 every weight is 1, so L is cross-entropy, reconstruction and KL added up.
     That is what the authors' released code optimises (there averaged over pixels and latents).
